@@ -1,0 +1,5 @@
+"""`python -m spinlm`, for torchrun."""
+
+from spinlm.cli import main
+
+main()

@@ -1,0 +1,232 @@
+"""What the command line and Python programs call: run, or run a stage, export, look."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spinlm.config import Recipe
+from spinlm.errors import UserError
+from spinlm.reporting.report import Report, Sample, model_card
+from spinlm.rundir import RunDir, read_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from spinlm.stages import Evaluation, Stages
+
+SAMPLES_SHOWN = 3
+_RECORDED = ("spinlm", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+class Run:
+    """A run directory, for reading.
+
+    Attributes:
+        path: Where it is.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError where there is no run."""
+        self.path = Path(path)
+        self._run_dir = RunDir(self.path)
+        self._run_dir.header()
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return self._run_dir.recipe()
+
+    @property
+    def best(self) -> Path:
+        """The best iteration's adapter (or model)."""
+        return self._pointed("best")
+
+    @property
+    def latest(self) -> Path:
+        """The last iteration's adapter (or model)."""
+        return self._pointed("latest")
+
+    @property
+    def measures(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Each player's held-out measures: measure to value, low, high, prompts."""
+        paths = sorted((self.path / "evaluation").glob("*/measures.json"))
+        return {path.parent.name: read_json(path) for path in paths}
+
+    def _pointed(self, name: str) -> Path:
+        link = self.path / name
+        if not link.exists():
+            raise UserError(f"{link}: not there yet: no iteration is trained")
+        return link.resolve()
+
+
+def run(recipe: Recipe, fork: str | Path | None = None, repair: bool = False, console: Console | None = None) -> Run:
+    """Run a recipe to its end, from wherever its run directory stands.
+
+    Args:
+        recipe: What to do.
+        fork: A new run directory that takes over from the recipe's run what still holds.
+        repair: Make artifacts anew that are missing or aren't what was committed.
+        console: Where to show progress; default: standard output.
+
+    Raises:
+        UserError: Something that the person who runs it can put right.
+    """
+    from spinlm.selfplay import play
+
+    forked_from = None
+    if fork is not None:
+        forked_from = Path(recipe.run_dir)
+        RunDir(forked_from).header()
+        recipe = recipe.model_copy(update={"run_dir": str(fork)})
+    with opened(recipe, console=console, forked_from=forked_from, repair=repair) as stages:
+        conclude(stages, play(stages))
+    return Run(recipe.run_dir)
+
+
+@contextmanager
+def opened(
+    recipe: Recipe,
+    only: set[str] | None = None,
+    console: Console | None = None,
+    forked_from: Path | None = None,
+    repair: bool = False,
+) -> Iterator[Stages]:
+    """A run's stages, its directory locked; see `run` and `Stages`."""
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from spinlm.reporting.progress import Progress
+    from spinlm.stages import Stages
+
+    processes = PartialState(cpu=recipe.model.device == "cpu")
+    run_dir = RunDir(Path(recipe.run_dir))
+    with run_dir.locked() if processes.is_main_process else _unlocked():
+        if processes.is_main_process:
+            run_dir.begin(recipe, versions(), forked_from)
+            broken = run_dir.repair() if repair else []
+        processes.wait_for_everyone()
+        run_dir = RunDir(Path(recipe.run_dir))
+        progress = Progress(console or Console(), speaks=processes.is_main_process)
+        if processes.is_main_process:
+            for key in broken:
+                progress.say(f"{key}: not what was committed, so it is made anew")
+        yield Stages(recipe, run_dir, progress, only)
+
+
+@contextmanager
+def _unlocked() -> Iterator[None]:
+    yield
+
+
+def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
+    """Name the latest and the best iteration, write the report and show it."""
+    if not stages.processes.is_main_process:
+        return
+    run_dir = stages.run
+    iterations = [e for e in evaluations if e.player.name.startswith("iteration-")]
+    best = stages.best(iterations)
+    keys = {player.name: str(player.path.relative_to(run_dir.path)) for e in iterations if (player := e.player).path}
+    latest = iterations[-1].player.name
+    run_dir.point("latest", keys[latest])
+    run_dir.point("best", keys[best or latest])
+    report = _report(stages, evaluations, best)
+    (run_dir.path / "report.md").write_text(report.markdown(), encoding="utf-8")
+    if stages.data.held_out:
+        stages.progress.console.print(report.table())
+    stages.progress.say(report.verdict())
+    _say_samples(stages, report)
+    stages.progress.say(f"report: {run_dir.path / 'report.md'}")
+    stages.progress.say(f"next: spinlm export {run_dir.path} OUT")
+
+
+def _report(stages: Stages, evaluations: list[Evaluation], best: str | None) -> Report:
+    from spinlm.evaluation.measures import HIGHER_IS_BETTER, chosen_measure
+
+    measures = {e.player.name: e.measures for e in evaluations} if stages.data.held_out else {}
+    select_by = chosen_measure(stages.recipe.evaluation.select_by, evaluations[0].measures)
+    samples = [
+        Sample(example.prompt, example.real, {e.player.name: e.sampled[place][0].text for e in evaluations})
+        for place, example in enumerate(stages.data.held_out[:SAMPLES_SHOWN])
+    ]
+    name = Path(stages.recipe.run_dir).name
+    return Report(name, measures, select_by, best, samples, HIGHER_IS_BETTER[select_by])
+
+
+def _say_samples(stages: Stages, report: Report) -> None:
+    for sample in report.samples:
+        stages.progress.say(f"\nprompt: {sample.prompt}\n  real: {sample.real}")
+        for player, response in sample.responses.items():
+            stages.progress.say(f"  {player}: {response}")
+
+
+def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge: bool = False) -> Path:
+    """Write an iteration's adapter, or the merged model, with tokenizer and model card.
+
+    Args:
+        run_path: The run directory.
+        out: A directory that is new or empty.
+        iteration: A number, `best` or `latest`.
+        merge: Merge the adapter into the base model's weights.
+
+    Raises:
+        UserError: There is no such iteration, or `out` isn't empty.
+    """
+    source, out = Run(run_path), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and isn't empty; give a new directory")
+    weights = _weights_of(source, iteration)
+    name = f"iteration-{weights.parent.name}"
+    beside = out.with_name(f".{out.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    _write_export(source, name, weights, beside, merge)
+    if out.exists():
+        out.rmdir()
+    beside.rename(out)
+    return out
+
+
+def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool) -> None:
+    from spinlm.data.render import Renderer
+    from spinlm.players.models import Player, Players
+
+    recipe, whole = source.recipe, merge or source.recipe.adapter is None
+    players = Players(recipe.model, recipe.adapter)
+    if whole:
+        players.merged(Player(name, weights, "exported")).save_pretrained(out)
+    else:
+        shutil.copytree(weights, out)
+    Renderer(players.tokenizer, recipe.prompt, players.stop_ids()).tokenizer.save_pretrained(out)
+    header = RunDir(source.path).header()
+    report = {**header, "measures": source.measures.get(name, {})}
+    (out / "README.md").write_text(model_card(name, report, recipe.model.name, whole), encoding="utf-8")
+
+
+def _weights_of(source: Run, iteration: str) -> Path:
+    if iteration in ("best", "latest"):
+        return source.best if iteration == "best" else source.latest
+    folder = source.path / "iterations" / iteration
+    found = [folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()]
+    if not iteration.isdigit() or not found:
+        trained = sorted(path.parent.name for path in source.path.glob("iterations/*/training.jsonl"))
+        raise UserError(
+            f"{source.path}: has no trained iteration {iteration!r}; there are: {', '.join(trained) or 'none'}"
+        )
+    return found[0]
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

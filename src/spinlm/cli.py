@@ -1,0 +1,222 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spinlm.errors import UserError
+
+app = typer.Typer(
+    help="SPIN: self-play fine-tuning for any Hugging Face causal language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[
+    str | None, typer.Argument(metavar="[RECIPE.yaml]", help="The recipe; or only --model and --data.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Change single keys of the recipe.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="A directory, a .gguf file or a hub name.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="A file, a directory, reasoning_gym:TASK or a hub dataset.")
+]
+IterationOption = Annotated[
+    int | None, typer.Option("--iteration", help="Default: the first one where this stage isn't done.", min=0)
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument = None,
+    overrides: Overrides = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    fork: Annotated[
+        Path | None,
+        typer.Option("--fork", help="Start a new run here, from the artifacts of the recipe's run that still hold."),
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Make missing or corrupted artifacts anew.")] = False,
+) -> None:
+    """Play a recipe to its end, or go on where it was interrupted."""
+    from spinlm.api import run as run_recipe
+
+    run_recipe(_recipe(recipe, overrides, model, data), fork=fork, repair=repair)
+
+
+@app.command()
+def generate(
+    recipe: RecipeArgument = None,
+    overrides: Overrides = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    iteration: IterationOption = None,
+) -> None:
+    """Only one iteration's synthetic responses (and the data and SFT before them)."""
+    from spinlm import selfplay
+    from spinlm.api import opened
+
+    with opened(_recipe(recipe, overrides, model, data), only={"data", "sft", "generate"}) as stages:
+        t = _iteration(stages, "generate", iteration)
+        selfplay.generate(stages, t, stages.opponent_of(t))
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument = None,
+    overrides: Overrides = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    iteration: IterationOption = None,
+) -> None:
+    """Only one iteration's scoring and training, on responses that are generated already."""
+    from spinlm import selfplay
+    from spinlm.api import opened
+
+    with opened(_recipe(recipe, overrides, model, data), only={"score", "train"}) as stages:
+        t = _iteration(stages, "train", iteration)
+        selfplay.train(stages, t, stages.opponent_of(t))
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument = None,
+    overrides: Overrides = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+) -> None:
+    """Only the held-out measures, of every player that is trained already."""
+    from spinlm import selfplay
+    from spinlm.api import conclude, opened
+
+    with opened(_recipe(recipe, overrides, model, data), only={"data", "evaluate"}) as stages:
+        trained = [t for t in range(stages.recipe.iterations) if stages.is_trained(t)]
+        if not trained:
+            raise UserError(f"{stages.run.path}: no iteration is trained yet: run spinlm train first")
+        conclude(stages, selfplay.evaluate_again(stages, trained))
+
+
+@app.command()
+def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """What is done, what is left, how long it took."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from spinlm.reporting.status import status as stages_of
+    from spinlm.rundir import RunDir
+
+    table = Table(title=str(run_dir))
+    for heading in ("stage", "state", "seconds"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    stages = stages_of(RunDir(run_dir))
+    for stage in stages:
+        table.add_row(stage.name, stage.state, f"{stage.seconds:.1f}" if stage.seconds else "")
+    left = sum(stage.state != "done" for stage in stages)
+    table.caption = f"{left} stages left" if left else "all done"
+    Console().print(table)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
+    """Show a run's report.md."""
+    path = run_dir / "report.md"
+    if not path.is_file():
+        from spinlm.rundir import RunDir
+
+        RunDir(run_dir).header()
+        raise UserError(f"{path}: not there yet; it is written when a run ends (see spinlm status {run_dir})")
+    typer.echo(path.read_text(encoding="utf-8"))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    iteration: Annotated[str, typer.Option("--iteration", help="A number, best or latest.")] = "best",
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model's weights.")] = False,
+) -> None:
+    """Write an iteration as an adapter or a merged model, with tokenizer and model card."""
+    from spinlm.api import export as export_run
+
+    typer.echo(f"exported to {export_run(run_dir, out, iteration, merge)}")
+
+
+def _recipe(recipe: str | None, overrides: list[str] | None, model: str | None, data: str | None) -> Any:
+    from spinlm.config import load_recipe
+
+    changes = list(overrides or [])
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        changes.insert(0, recipe)
+        recipe = None
+    for key, value in (("model.name", model), ("data.source", data)):
+        if value is not None:
+            changes.append(f"{key}={json.dumps(value)}")
+    if recipe is None and (model is None or data is None):
+        raise UserError("give a recipe, or both --model and --data")
+    return load_recipe(None if recipe is None else Path(recipe), changes)
+
+
+def _iteration(stages: Any, stage: str, asked: int | None) -> int:
+    count = stages.recipe.iterations
+    if asked is not None:
+        if asked >= count:
+            raise UserError(f"--iteration {asked}: the recipe has {count} iterations, 0 to {count - 1}")
+        return asked
+    is_done = stages.is_generated if stage == "generate" else stages.is_trained
+    return next((t for t in range(count) if not is_done(t)), count - 1)
+
+
+def main() -> None:
+    """Entry point: errors for people go to standard error, without a traceback, with exit code 2."""
+    _quieten_libraries()
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from here", code=130)
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        place = getattr(error, "filename", None) or "the run directory"
+        _fail(f"{place}: the disk is full. Nothing committed is lost: make space, and run the same command again.")
+
+
+def _quieten_libraries() -> None:
+    """Their warnings are for programmers, their bars are beside ours; each can be had back by its own variable."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    typer.echo(f"spinlm: {message}", err=True)
+    sys.stderr.flush()
+    if "LOCAL_RANK" in os.environ:  # one process of several: don't wait for the others to end the group
+        os._exit(code)
+    raise SystemExit(code)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Libraries that write for us report it each in their own way."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    written_by_library = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text
+    return "No space left on device" in text or (written_by_library and "write" in text)

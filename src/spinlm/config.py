@@ -1,0 +1,489 @@
+"""The recipe: one strict schema for everything a run can be told.
+
+A recipe is a YAML file; `section.key=value` overrides change single keys. Unknown keys are refused with
+the nearest known one, so that a misspelt setting can't be ignored in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from spinlm.errors import UserError
+
+Schedule = float | list[float]
+"""One value for every iteration, or a list with a value for each."""
+
+
+class Section(BaseModel):
+    """A part of the recipe. Frozen: a run never changes its own recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(Section):
+    """Which base model, and how it is loaded.
+
+    Attributes:
+        name: A directory, a `.gguf` file, or a name on the hub.
+        revision: Branch, tag or commit on the hub.
+        gguf_file: The GGUF file inside a hub repository or directory.
+        dtype: Of the base weights. `auto`: bfloat16 on a GPU that has it, else float32.
+        device: `auto` takes the GPU where there is one.
+        attn_implementation: Passed on to transformers (`sdpa`, `eager`, `flash_attention_2`, …).
+        load_in_4bit: QLoRA: base weights in 4-bit NF4, by bitsandbytes.
+        trust_remote_code: Run code that comes with the model.
+    """
+
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    attn_implementation: str | None = None
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+
+
+class AdapterSection(Section):
+    """The LoRA adapter, in peft's own words. `adapter: null` fine-tunes the whole model."""
+
+    r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    target_modules: str | list[str] = "all-linear"
+    use_dora: bool = False
+    use_rslora: bool = False
+
+
+class PromptSection(Section):
+    """How a prompt becomes text, where the tokenizer's own chat template is not to be used.
+
+    Attributes:
+        template: Plain text around one user turn, with `{prompt}` in it.
+        chat_template: A Jinja chat template, or the path of a file that holds one.
+    """
+
+    template: str | None = None
+    chat_template: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> PromptSection:
+        if self.template is not None and self.chat_template is not None:
+            raise ValueError("set template or chat_template, not both")
+        if self.template is not None and self.template.count("{prompt}") != 1:
+            raise ValueError("template must contain {prompt} exactly once")
+        return self
+
+
+class ReasoningGymSection(Section):
+    """Arguments of a `reasoning_gym:TASK` source; `args` are the task's own."""
+
+    size: int = Field(1000, ge=1)
+    seed: int = 0
+    args: dict[str, Any] = {}
+
+
+class DataSection(Section):
+    """The supervised dataset.
+
+    Attributes:
+        source: A JSON, JSONL, CSV or Parquet file, a directory of them, `reasoning_gym:TASK`, or a
+            dataset on the hub.
+        config: Configuration of a hub dataset.
+        split: Split of a hub dataset.
+        columns: Where the columns have other names: any of `messages`, `system`, `prompt`, `input`,
+            `response` to the dataset's own column.
+        turns: Which assistant turns of a conversation are responses.
+        limit: Use this many examples at most, the first ones.
+        held_out: Never trained on: a number of examples, or a share below 1.
+        max_prompt_tokens: A longer prompt is over-long.
+        max_length: Prompt and response together, in tokens.
+        overlong: What to do with an over-long example.
+        reasoning_gym: Arguments of a `reasoning_gym:` source.
+    """
+
+    source: str
+    config: str | None = None
+    split: str = "train"
+    columns: dict[Literal["messages", "system", "prompt", "input", "response"], str] = {}
+    turns: Literal["last", "first", "all"] = "last"
+    limit: int | None = Field(None, ge=1)
+    held_out: int | float = 0.05
+    max_prompt_tokens: int = Field(512, ge=1)
+    max_length: int = Field(1024, ge=2)
+    overlong: Literal["drop", "truncate_prompt_left"] = "drop"
+    reasoning_gym: ReasoningGymSection = ReasoningGymSection()
+
+    @field_validator("held_out")
+    @classmethod
+    def _count_or_share(cls, value: int | float) -> int | float:
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError("give a number of examples (10) or a share below 1 (0.05)")
+        return value
+
+    @model_validator(mode="after")
+    def _prompt_within_length(self) -> DataSection:
+        if self.max_prompt_tokens >= self.max_length:
+            raise ValueError("max_prompt_tokens must be below max_length, which counts the response too")
+        return self
+
+
+class GenerationSection(Section):
+    """How the opponent answers.
+
+    Attributes:
+        engine: What generates.
+        temperature: Of sampling.
+        top_p: Nucleus sampling; 1 is off.
+        top_k: Sampling from the k likeliest tokens; 0 is off.
+        responses_per_prompt: Synthetic responses, and so pairs, for each prompt.
+        max_new_tokens: A response is cut there, and gets no end-of-sequence token.
+        batch_size: Responses decoded together.
+        shard_size: Prompts in one committed file: what an interruption can lose.
+    """
+
+    engine: Literal["transformers"] = "transformers"
+    temperature: float = Field(1.0, gt=0.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=0)
+    responses_per_prompt: int = Field(1, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+    batch_size: int = Field(32, ge=1)
+    shard_size: int = Field(128, ge=1)
+
+
+class TrainerSection(Section):
+    """Settings of transformers' Trainer, under the names they have in its TrainingArguments.
+
+    Those declared here have defaults of ours; any other field of TrainingArguments may be given too,
+    but for those that a run has to decide itself.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    DECIDED_BY_THE_RUN: ClassVar[frozenset[str]] = frozenset(
+        {
+            "output_dir",
+            "seed",
+            "data_seed",
+            "do_train",
+            "do_eval",
+            "do_predict",
+            "resume_from_checkpoint",
+            "remove_unused_columns",
+            "logging_strategy",
+            "logging_nan_inf_filter",
+            "save_strategy",
+            "save_total_limit",
+            "save_only_model",
+            "eval_strategy",
+            "eval_steps",
+            "eval_delay",
+            "eval_on_start",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "greater_is_better",
+            "label_names",
+            "auto_find_batch_size",
+            "push_to_hub",
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+            "use_cpu",
+            "local_rank",
+            "disable_tqdm",
+            "ignore_data_skip",
+            "label_smoothing_factor",
+        }
+    )
+
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(8, ge=1)
+    max_steps: int = -1
+    optim: str = "adamw_torch"
+    weight_decay: float = 0.0
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0.1
+    max_grad_norm: float = 1.0
+    logging_steps: int = Field(1, ge=1)
+    save_steps: int = Field(50, ge=1)
+    report_to: str | list[str] = "none"
+
+    @model_validator(mode="after")
+    def _names_of_training_arguments(self) -> TrainerSection:
+        for name in self.model_extra or {}:
+            if name in self.DECIDED_BY_THE_RUN:
+                raise ValueError(f"{name} is decided by the run, take it out")
+            known = _training_arguments() | set(type(self).model_fields)
+            if name not in known:
+                raise ValueError(f"unknown key {name!r}{_nearest(name, known - self.DECIDED_BY_THE_RUN)}")
+        if self.save_steps % self.logging_steps:
+            raise ValueError("save_steps must be a multiple of logging_steps, so that a resumed run logs the same")
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """The section as keyword arguments of TrainingArguments."""
+        return {k: v for k, v in self.model_dump().items() if k not in SPIN_KEYS}
+
+
+class SFTSection(TrainerSection):
+    """The supervised stage before self-play. `sft: null` starts from the model as it is."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0)
+
+
+class TrainingSection(TrainerSection):
+    """The main player's training; the lists have a value for each iteration.
+
+    Attributes:
+        beta: The paper's lambda.
+        loss: Logistic is the paper's; all four are covered by its theory.
+        replay: Add the pairs of this many previous iterations (the paper: 1).
+        learning_rate: Peak. Default: 5e-5 with an adapter, 5e-7 (the paper's) without.
+        num_train_epochs: Passes over the pairs.
+    """
+
+    beta: Schedule = 0.1
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    replay: int = Field(1, ge=0)
+    learning_rate: Schedule | None = None
+    num_train_epochs: Schedule = 1.0
+
+    @field_validator("beta", "learning_rate", "num_train_epochs")
+    @classmethod
+    def _positive(cls, value: Schedule | None) -> Schedule | None:
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            if number <= 0:
+                raise ValueError("must be above 0")
+        return value
+
+
+SPIN_KEYS = frozenset({"beta", "loss", "replay"})
+"""The keys of `training` that are ours and not the Trainer's."""
+
+Measure = Literal["accuracy_sampled", "accuracy_greedy", "real_nll", "truncation_rate", "repetition_rate"]
+
+
+class EvaluationSection(Section):
+    """What is measured on the held-out part, for the starting model and after every iteration.
+
+    Attributes:
+        select_by: The measure that names the best iteration. `auto`: sampled accuracy where the data
+            has a verifier, else the real responses' negative log-likelihood.
+        greedy: Generate greedily too (the sampled responses are always made: they are what
+            discriminability is measured on).
+        samples_per_prompt: Sampled responses for each held-out prompt.
+        control: Train the starting model by SFT for the same number of steps, and measure that too.
+    """
+
+    select_by: Measure | Literal["auto"] = "auto"
+    greedy: bool = True
+    samples_per_prompt: int = Field(1, ge=1)
+    control: bool = False
+
+
+class Recipe(Section):
+    """Everything a run is told.
+
+    Attributes:
+        run_dir: Where everything that the run makes is kept.
+        iterations: T, rounds of self-play.
+        seed: Of every random choice.
+        scoring_batch_size: Responses in one forward pass where nothing is trained.
+    """
+
+    run_dir: str
+    iterations: int = Field(3, ge=1)
+    seed: int = 0
+    scoring_batch_size: int = Field(16, ge=1)
+    model: ModelSection
+    data: DataSection
+    adapter: AdapterSection | None = AdapterSection()
+    prompt: PromptSection = PromptSection()
+    sft: SFTSection | None = None
+    generation: GenerationSection = GenerationSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_learning_rate(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("training", {}), dict):
+            training = dict(values.get("training", {}))
+            if training.get("learning_rate") is None:
+                training["learning_rate"] = 5e-7 if values.get("adapter", "lora") is None else 5e-5
+            values = {**values, "training": training}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for key in ("beta", "learning_rate", "num_train_epochs"):
+            value = getattr(self.training, key)
+            if isinstance(value, list) and len(value) != self.iterations:
+                raise ValueError(
+                    f"training.{key} has {len(value)} values for {self.iterations} iterations: give one each"
+                )
+        if self.model.load_in_4bit and self.adapter is None:
+            raise ValueError("model.load_in_4bit needs an adapter: 4-bit weights can't be trained themselves")
+        if self.evaluation.control and self.sft is None:
+            raise ValueError("evaluation.control continues the SFT stage: give the sft section too")
+        if not self.evaluation.greedy and self.evaluation.select_by == "accuracy_greedy":
+            raise ValueError("evaluation.select_by is accuracy_greedy, but evaluation.greedy is off")
+        return self
+
+    def differences(self, other: Recipe) -> list[str]:
+        """The keys whose values differ, `run_dir` aside, as `key: mine -> theirs`."""
+        mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())
+        return [
+            f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if key != "run_dir" and mine.get(key) != theirs.get(key)
+        ]
+
+
+def at(schedule: Schedule, iteration: int) -> float:
+    """A schedule's value in one iteration."""
+    return schedule[iteration] if isinstance(schedule, list) else schedule
+
+
+def load_recipe(path: Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe: `base`, then the file's keys, then the overrides.
+
+    Raises:
+        UserError: The file can't be read, isn't YAML, or doesn't fit the schema.
+    """
+    tree: dict[str, Any] = dict(base or {})
+    if path is not None:
+        tree = _merged(tree, _read_yaml(path))
+    for override in overrides:
+        tree = _merged(tree, _parse_override(override))
+    tree.setdefault("run_dir", _default_run_dir(path, tree))
+    return recipe_from(tree, where=str(path) if path else "the command line")
+
+
+def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
+    """Validate a recipe's tree of values.
+
+    Raises:
+        UserError: With one line for each key that doesn't fit.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(dict(problem), Recipe) for problem in error.errors()]
+        raise UserError(f"{where}: " + "\n".join(dict.fromkeys(lines))) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections; this is {type(tree).__name__}")
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but one that reads 5e-7 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r}: an override is written section.key=value, for example training.beta=0.2")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
+    for part in reversed(key.strip().split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _default_run_dir(path: Path | None, tree: Mapping[str, Any]) -> str:
+    if path is not None:
+        return f"runs/{path.stem}"
+    parts = [tree.get("model", {}).get("name", "model"), tree.get("data", {}).get("source", "data")]
+    return "runs/" + "-".join(Path(str(part).replace(":", "-")).stem for part in parts)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:
+    """One pydantic problem in plain words."""
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(schema, place[:-1])
+        return f"{'.'.join(place)}: unknown key{_nearest(place[-1], known)}"
+    if problem["type"] == "missing":
+        return f"{'.'.join(place)}: missing, and there is no default"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    given = "" if problem["type"] == "value_error" else f", got {problem['input']!r}"
+    path = ".".join(part for part in place if not _is_type_name(part))
+    return f"{path}: {message}{given}" if path else message
+
+
+def _is_type_name(part: str) -> bool:
+    """Whether pydantic put this part there to say which member of a union it tried."""
+    return part in {"int", "float", "str", "none"} or part.startswith(("list[", "literal[", "dict["))
+
+
+def _known_keys(schema: type[BaseModel], place: Sequence[str]) -> Iterable[str]:
+    for part in place:
+        field = schema.model_fields.get(part)
+        if field is None:
+            continue
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        schema = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), schema)
+    return schema.model_fields
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else "; known keys: " + ", ".join(sorted(known))
+
+
+def _training_arguments() -> set[str]:
+    """The names of the Trainer's own settings; imports torch, so only where such a name is given."""
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    return {field.name for field in dataclasses.fields(TrainingArguments)}

@@ -1,0 +1,1 @@
+"""The players: one base model with an adapter, and the log-probs they give to responses."""

@@ -1,0 +1,355 @@
+"""The run directory: what is committed, from which inputs and under which hash, and who holds the lock.
+
+Every artifact (a file or a directory) is written in `.staging/`, renamed to its place, and then recorded in
+`commits/` with the SHA-256 of each of its files. Only what is recorded counts: an artifact without a
+record was interrupted and is made anew; a record whose files are missing or differ is an error that
+names them. An artifact's record also keeps its inputs (the recipe's values and the hashes of the
+artifacts it was made from): where they no longer hold, it is made anew too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinlm.config import Recipe, recipe_from
+from spinlm.errors import UserError
+
+Inputs = Mapping[str, Any]
+"""What an artifact is made from: JSON values and the hashes of other artifacts."""
+
+
+class CorruptArtifact(UserError):
+    """A committed artifact whose files are missing or are not what was committed."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One thing a run makes, at its place in the run directory.
+
+    Attributes:
+        run: The run directory.
+        key: Its path within the run directory.
+        stage: The stage that makes it, for messages.
+        inputs: What it is made from.
+    """
+
+    run: RunDir
+    key: str
+    stage: str
+    inputs: Inputs
+
+    @property
+    def path(self) -> Path:
+        return self.run.path / self.key
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over its files' hashes; it must be committed."""
+        return str(self.run.record(self.key)["hash"])
+
+    def is_committed(self) -> bool:
+        """Whether it is there, whole, and made from these inputs; else it has to be made.
+
+        Raises:
+            CorruptArtifact: It was committed, but its files aren't what was committed.
+        """
+        if not self.run.has_record(self.key):
+            return self.run.forked_from is not None and self._adopt(self.run.forked_from)
+        record = self.run.record(self.key)
+        if record["inputs"] != canonical(self.inputs):
+            return False
+        self.run.verify(self.key)
+        return True
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A place to write it; on leaving, it is committed."""
+        staging_root = self.run.path / ".staging"
+        staging_root.mkdir(exist_ok=True)
+        place = Path(tempfile.mkdtemp(dir=staging_root)) / self.path.name
+        try:
+            yield place
+            self._commit(place)
+        finally:
+            shutil.rmtree(place.parent, ignore_errors=True)
+
+    def _commit(self, written: Path) -> None:
+        files = file_hashes(written)
+        flush_to_disk(written)
+        self.run.forget(self.key)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        written.rename(self.path)
+        _flush_directory(self.path.parent)
+        record = {
+            "key": self.key,
+            "stage": self.stage,
+            "hash": digest(files),
+            "inputs": canonical(self.inputs),
+            "files": files,
+        }
+        write_json(self.run.record_path(self.key), record)
+
+    def _adopt(self, other: RunDir) -> bool:
+        """Take the same artifact from the run this one was forked from, where it still holds."""
+        if not other.has_record(self.key) or other.record(self.key)["inputs"] != canonical(self.inputs):
+            return False
+        other.verify(self.key)
+        with self.staging() as place:
+            copy = shutil.copytree if (other.path / self.key).is_dir() else shutil.copyfile
+            copy(other.path / self.key, place)
+        return True
+
+
+class RunDir:
+    """A directory that holds one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.forked_from: RunDir | None = None
+        if self.exists() and (source := self.header().get("forked_from")):
+            self.forked_from = RunDir(Path(source))
+
+    # --- the run itself ---
+
+    def exists(self) -> bool:
+        return (self.path / "run.json").is_file()
+
+    def header(self) -> dict[str, Any]:
+        """`run.json`: the recipe, the versions, what it was forked from.
+
+        Raises:
+            UserError: There is no run here, or its header can't be read.
+        """
+        path = self.path / "run.json"
+        try:
+            return dict(read_json(path))
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: not a run directory (it has no run.json)") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: can't be read: {error}; restore it, or start a new run") from None
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was started with."""
+        return recipe_from(self.header()["recipe"], where=str(self.path / "run.json"))
+
+    def begin(self, recipe: Recipe, versions: Mapping[str, str], forked_from: Path | None = None) -> None:
+        """Start a run here, or go on with the one that is.
+
+        Raises:
+            UserError: The directory holds something else, or a run of another recipe.
+        """
+        if not self.exists() or not self.records():
+            if not self.exists() and self.path.exists() and any(e.name != "lock" for e in self.path.iterdir()):
+                raise UserError(f"{self.path}: holds files but no run; give an empty or new directory as run_dir")
+            header = {
+                "recipe": recipe.model_dump(mode="json"),
+                "versions": dict(versions),
+                "forked_from": str(forked_from.resolve()) if forked_from else None,
+            }
+            write_json(self.path / "run.json", header)
+            self.forked_from = RunDir(forked_from) if forked_from else None
+            return
+        differing = self.recipe().differences(recipe)
+        if differing:
+            raise UserError(
+                f"{self.path}: was started with another recipe. These keys differ (there -> here):\n  "
+                + "\n  ".join(differing)
+                + "\nUse the same recipe to go on, or --fork NEW_RUN to start a new run from the artifacts "
+                "that still hold."
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run; a process that dies lets it go.
+
+        Raises:
+            UserError: Another process holds it, or the directory can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{self.path}: can't write there: {error}") from None
+        with lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.seek(0)
+                raise UserError(
+                    f"{self.path}: another process is running this ({lock.read().strip()}). "
+                    "Wait for it, or stop it first."
+                ) from None
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            shutil.rmtree(self.path / ".staging", ignore_errors=True)
+            try:
+                yield
+            finally:
+                lock.truncate(0)
+
+    # --- artifacts ---
+
+    def artifact(self, key: str, stage: str, inputs: Inputs) -> Artifact:
+        return Artifact(self, key, stage, inputs)
+
+    def checkpoints(self, key: str) -> Path:
+        """Where the training that makes this artifact keeps its checkpoints until it is committed."""
+        return self.path / "checkpoints" / key
+
+    def remove_checkpoints(self, key: str) -> None:
+        """They have served once their training is committed."""
+        shutil.rmtree(self.checkpoints(key), ignore_errors=True)
+        for directory in (self.checkpoints(key).parent, self.path / "checkpoints"):
+            with suppress(OSError):
+                directory.rmdir()
+
+    def record_path(self, key: str) -> Path:
+        return self.path / "commits" / (key.replace("/", "--") + ".json")
+
+    def has_record(self, key: str) -> bool:
+        return self.record_path(key).is_file()
+
+    def record(self, key: str) -> dict[str, Any]:
+        path = self.record_path(key)
+        try:
+            return dict(read_json(path))
+        except ValueError as error:
+            raise CorruptArtifact(f"{path}: can't be read: {error}. {self._remedy(key)}") from None
+
+    def records(self) -> list[dict[str, Any]]:
+        """All commits, by key."""
+        paths = sorted((self.path / "commits").glob("*.json"))
+        return [self.record(path.stem.replace("--", "/")) for path in paths]
+
+    def verify(self, key: str) -> None:
+        """Check a committed artifact's files against its record.
+
+        Raises:
+            CorruptArtifact: A file is missing, differs, or is one too many.
+        """
+        record = self.record(key)
+        place = self.path / key
+        if not place.exists():
+            raise CorruptArtifact(f"{place}: missing, though it was committed. {self._remedy(key)}")
+        found = file_hashes(place)
+        for name in sorted(found.keys() | record["files"].keys()):
+            if found.get(name) != record["files"].get(name):
+                what = "missing" if name not in found else "not what was committed (its SHA-256 differs)"
+                raise CorruptArtifact(f"{place / name if name else place}: {what}. {self._remedy(key)}")
+
+    def forget(self, key: str) -> None:
+        """Remove an artifact and its record, the record first."""
+        self.record_path(key).unlink(missing_ok=True)
+        place = self.path / key
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+
+    def repair(self) -> list[str]:
+        """Forget every artifact that isn't what was committed, so that the run makes it anew."""
+        broken = []
+        for path in sorted((self.path / "commits").glob("*.json")):
+            key = path.stem.replace("--", "/")
+            try:
+                self.verify(key)
+            except CorruptArtifact:
+                self.forget(key)
+                broken.append(key)
+        return broken
+
+    def _remedy(self, key: str) -> str:
+        try:
+            stage = f"the stage {read_json(self.record_path(key))['stage']!r}"
+        except (ValueError, OSError, KeyError):
+            stage = "its stage"
+        return f"{stage[0].upper()}{stage[1:]} makes it anew: run the same command with --repair."
+
+    def point(self, name: str, key: str) -> None:
+        """Let `latest` or `best` point to an artifact."""
+        staging = self.path / f".{name}"
+        staging.unlink(missing_ok=True)
+        staging.symlink_to(key)
+        staging.replace(self.path / name)
+
+
+def canonical(value: Any) -> Any:
+    """The value as JSON gives it back."""
+    return json.loads(json.dumps(value, sort_keys=True))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_hashes(place: Path) -> dict[str, str]:
+    """SHA-256 of each file of a directory by relative name, or of a single file under the name ``""``."""
+    if place.is_file():
+        return {"": file_hash(place)}
+    files = sorted(path for path in place.rglob("*") if path.is_file())
+    return {path.relative_to(place).as_posix(): file_hash(path) for path in files}
+
+
+def file_hash(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file beside its place and rename it in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    flush_to_disk(beside)
+    beside.replace(path)
+    _flush_directory(path.parent)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows to a file that is still in staging."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def flush_to_disk(place: Path) -> None:
+    """fsync a file, or every file of a directory and the directories themselves."""
+    paths = [place, *place.rglob("*")] if place.is_dir() else [place]
+    for path in paths:
+        if path.is_dir():
+            _flush_directory(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,553 @@
+"""The stages of a run. Each looks for its committed artifact first, and makes it only where it is missing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from spinlm.config import Recipe, SFTSection, TrainingSection, at
+from spinlm.data.examples import Dropped
+from spinlm.data.formats import load_examples
+from spinlm.data.pairs import Pair, drop_identical
+from spinlm.data.prepare import Split, TokenizedExample, prepare
+from spinlm.data.render import Renderer
+from spinlm.errors import UserError
+from spinlm.evaluation.measures import HeldOutAnswer, chosen_measure, measure, select_best
+from spinlm.evaluation.verifiers import correct
+from spinlm.generation.engine import Engine, Request, Response, Sampling, request_seed
+from spinlm.generation.transformers_engine import TransformersEngine
+from spinlm.players.logprobs import score_responses
+from spinlm.players.models import Player, Players, check_vocabulary, context_length
+from spinlm.reporting.progress import Progress
+from spinlm.rundir import Artifact, Inputs, RunDir, digest, read_json, read_jsonl, write_json, write_jsonl
+from spinlm.training.checkpoints import train_resumably
+from spinlm.training.sft import sft_trainer
+from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
+
+Answers = list[list[Response]]
+"""For each example, a player's responses to its prompt."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A player's log-probs: of each example's real response, and by source of its other responses.
+
+    A synthetic response equal to the real one has its log-prob.
+    """
+
+    real: list[float]
+    others: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A player on the held-out part."""
+
+    player: Player
+    sampled: Answers
+    greedy: Answers | None
+    scores: Scores
+    measures: dict[str, dict[str, Any]]
+
+
+class Stages:
+    """The stages of one run, over one recipe, run directory and set of players."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, progress: Progress, only: Collection[str] | None = None) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            recipe: What to do.
+            run: Where.
+            progress: What to show.
+            only: The stages that may make something; what the others make must be there. None: all.
+        """
+        self._only = only
+        self.recipe = recipe
+        self.run = run
+        self.progress = progress
+        self.processes = PartialState()
+        self.players = Players(recipe.model, recipe.adapter, bf16=bool(_extra(recipe.training, "bf16")))
+        self._weights_kind = "adapter" if recipe.adapter is not None else "model"
+
+    # --- data ---
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer(self.players.tokenizer, self.recipe.prompt, self.players.stop_ids())
+
+    @cached_property
+    def data(self) -> Split:
+        """The dataset, tokenised and split; read from the run directory once it is there."""
+        keys = {"data", "prompt", "model", "seed"}
+        artifact = self.run.artifact("data", "data", self.recipe.model_dump(include=keys, mode="json"))
+        if self._needs_making(artifact) and self.processes.is_main_process:
+            split = self._prepare_data()
+            with self._timed("data"), artifact.staging() as place:
+                place.mkdir()
+                for part in ("train", "held_out", "dropped"):
+                    write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
+        self.processes.wait_for_everyone()
+        split = Split(
+            train=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "train.jsonl")],
+            held_out=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "held_out.jsonl")],
+            dropped=[Dropped(**row) for row in read_jsonl(artifact.path / "dropped.jsonl")],
+        )
+        self._say_data(split)
+        self._data_hash = artifact.hash
+        return split
+
+    def _prepare_data(self) -> Split:
+        section, config = self.recipe.data, self.players.config
+        check_vocabulary(self.players.tokenizer, config)
+        _check_context(self.recipe, context_length(config))
+        examples, dropped = load_examples(section)
+        split = prepare(examples, dropped, self.renderer, section, self.recipe.seed)
+        _check_measure(self.recipe, split)
+        return split
+
+    def _say_data(self, split: Split) -> None:
+        dropped = "".join(f"; dropped {count}: {reason}" for reason, count in split.drop_counts().items())
+        self.progress.say(f"data: {len(split.train)} examples to train on, {len(split.held_out)} held out{dropped}")
+
+    # --- players ---
+
+    @cached_property
+    def base(self) -> Player:
+        return self.players.base_player()
+
+    def starting_player(self) -> Player:
+        """The SFT model, where the recipe has such a stage; else the base model."""
+        section = self.recipe.sft
+        return self.base if section is None else self._supervised("sft", self.base, section, section.max_steps)
+
+    def opponent_of(self, iteration: int) -> Player:
+        """Who an iteration starts from: the committed main player of the one before."""
+        if iteration == 0:
+            return self.starting_player()
+        key = f"iterations/{iteration - 1}/{self._weights_kind}"
+        if not self.is_trained(iteration - 1):
+            raise UserError(f"iteration {iteration - 1} isn't trained yet: run spinlm train first")
+        self.run.verify(key)
+        return Player(f"iteration-{iteration - 1}", self.run.path / key, str(self.run.record(key)["hash"]))
+
+    def is_generated(self, iteration: int) -> bool:
+        """Whether every shard of an iteration's responses is committed."""
+        count = -(-len(self.data.train) // self.recipe.generation.shard_size)
+        folder = f"iterations/{iteration}/synthetic"
+        return all(self.run.has_record(f"{folder}/{number:05d}.jsonl") for number in range(count))
+
+    def is_trained(self, iteration: int) -> bool:
+        """Whether an iteration's main player is committed."""
+        return self.run.has_record(f"iterations/{iteration}/{self._weights_kind}")
+
+    def control(self, start: Player) -> Player:
+        """The starting model, trained on by SFT for as many steps as self-play took."""
+        assert self.recipe.sft is not None
+        steps = sum(self._steps_taken(iteration) for iteration in range(self.recipe.iterations))
+        return self._supervised("control", start, self.recipe.sft, max_steps=steps)
+
+    def _supervised(self, name: str, start: Player, section: SFTSection, max_steps: int) -> Player:
+        examples = self.data.train
+        settings = section.model_dump(mode="json") | {"max_steps": max_steps}
+        inputs = self._inputs("adapter", settings=settings, start=start.hash, data=self._data_hash)
+
+        def make_trainer(model: Any, directory: Path) -> Any:
+            args = self._training_arguments(
+                TrainingArguments,
+                section,
+                name,
+                directory,
+                max_steps=max_steps,
+                learning_rate=section.learning_rate,
+                num_train_epochs=section.num_train_epochs,
+            )
+            return sft_trainer(model, args, examples, self.renderer.pad_id)
+
+        return self._train(name, name, name, start, inputs, make_trainer)
+
+    # --- one iteration ---
+
+    def generate(self, iteration: int, opponent: Player) -> Answers:
+        """The opponent answers every prompt."""
+        k = self.recipe.generation.responses_per_prompt
+        sampling = Sampling.of(self.recipe.generation)
+        folder = f"iterations/{iteration}/synthetic"
+        return self._answers(folder, f"iteration {iteration}: generate", opponent, self.data.train, sampling, k)
+
+    def score(self, iteration: int, opponent: Player, synthetic: Mapping[int, Answers]) -> list[Pair]:
+        """The opponent's log-probs of the real responses and of this and the replayed iterations' synthetic ones."""
+        folder = f"iterations/{iteration}/opponent_logprobs"
+        others = {str(source): synthetic[source] for source in sorted(synthetic, reverse=True)}
+        scores = self._scores(folder, f"iteration {iteration}: score", opponent, self.data.train, others)
+        return [
+            Pair(
+                prompt_ids=example.prompt_ids,
+                real_ids=example.real_ids,
+                synthetic_ids=response.token_ids,
+                opponent_real_logprob=scores.real[place],
+                opponent_synthetic_logprob=logprob,
+                synthetic_truncated=response.finish_reason == "length",
+            )
+            for source, answers in others.items()
+            for place, example in enumerate(self.data.train)
+            for response, logprob in zip(answers[place], scores.others[source][place], strict=True)
+        ]
+
+    def train(self, iteration: int, opponent: Player, pairs: Sequence[Pair]) -> Player:
+        """The main player, from the opponent's weights."""
+        section = self.recipe.training
+        beta, learning_rate = at(section.beta, iteration), at(section.learning_rate or 0.0, iteration)
+        epochs = at(section.num_train_epochs, iteration)
+        folder = f"iterations/{iteration}"
+        settings = section.model_dump(mode="json") | {
+            "beta": beta,
+            "learning_rate": learning_rate,
+            "num_train_epochs": epochs,
+        }
+        inputs = self._inputs("adapter", settings=settings, start=opponent.hash, pairs=_hash_of(pairs))
+        kept, identical = drop_identical(pairs)
+        if not kept:
+            raise UserError(
+                f"iteration {iteration}: every synthetic response equals the real one, so there is nothing left to "
+                "learn: the opponent already plays like the data"
+            )
+
+        def make_trainer(model: Any, directory: Path) -> Any:
+            args = self._training_arguments(
+                SPINConfig,
+                section,
+                folder,
+                directory,
+                beta=beta,
+                loss=section.loss,
+                learning_rate=learning_rate,
+                num_train_epochs=epochs,
+            )
+            trainer = SPINTrainer(model, args, kept, pad_id=self.renderer.pad_id)
+            trainer.dropped_identical = identical
+            return trainer
+
+        return self._train(
+            folder, f"iteration-{iteration}", f"iteration {iteration}: train", opponent, inputs, make_trainer
+        )
+
+    def _steps_taken(self, iteration: int) -> int:
+        """Optimiser steps of an iteration's training."""
+        return int(read_jsonl(self.run.path / f"iterations/{iteration}/training.jsonl")[-1]["step"])
+
+    # --- evaluation ---
+
+    def evaluate(self, player: Player, opponent: Evaluation | None = None, beta: float = 1.0) -> Evaluation:
+        """Measure a player on the held-out part; a main player also against its opponent's fresh responses."""
+        folder, held_out = f"evaluation/{player.name}", self.data.held_out
+        section, generation = self.recipe.evaluation, self.recipe.generation
+        title = f"{player.name}: evaluate"
+        sampled = self._answers(
+            f"{folder}/sampled",
+            f"{title} (sampled)",
+            player,
+            held_out,
+            Sampling.of(generation),
+            section.samples_per_prompt,
+        )
+        greedy = None
+        if section.greedy:
+            sampling = Sampling.of(generation, greedy=True)
+            greedy = self._answers(f"{folder}/greedy", f"{title} (greedy)", player, held_out, sampling, 1)
+        others = {} if opponent is None else {"opponent": opponent.sampled}
+        scores = self._scores(f"{folder}/logprobs", f"{title} (log-probs)", player, held_out, {"own": sampled} | others)
+        margins = None if opponent is None else _margins(scores, opponent.scores, beta)
+        artifact = self.run.artifact(
+            f"{folder}/measures.json",
+            "evaluate",
+            {"answers": _hash_of(sampled), "greedy": _hash_of(greedy), "scores": _hash_of([scores, margins])},
+        )
+        if self._needs_making(artifact) and self.processes.is_main_process:
+            measured = measure(_held_out_answers(held_out, sampled, greedy, scores), margins)
+            with artifact.staging() as place:
+                write_json(place, {name: asdict(value) for name, value in measured.items()})
+        self.processes.wait_for_everyone()
+        return Evaluation(player, sampled, greedy, scores, read_json(artifact.path))
+
+    def best(self, evaluations: Sequence[Evaluation]) -> str | None:
+        """The name of the best player by the recipe's measure; None where nothing was held out."""
+        if not self.data.held_out:
+            return None
+        measures = {evaluation.player.name: evaluation.measures for evaluation in evaluations}
+        return select_best(measures, chosen_measure(self.recipe.evaluation.select_by, evaluations[0].measures))
+
+    # --- what the stages share ---
+
+    def _answers(
+        self, folder: str, title: str, player: Player, examples: Sequence[TokenizedExample], sampling: Sampling, k: int
+    ) -> Answers:
+        """A player's k responses to each example's prompt, shard by shard."""
+        inputs = self._inputs("seed", sampling=asdict(sampling), k=k, player=player.hash, data=self._data_hash)
+
+        def make(shard: Sequence[TokenizedExample], task: Any) -> list[dict[str, Any]]:
+            requests = [
+                Request(e.prompt_ids, request_seed(self.recipe.seed, folder, e.id, i)) for e in shard for i in range(k)
+            ]
+            responses = iter(self._engine(player).generate(requests, sampling, task.add_tokens))
+            return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in shard]
+
+        rows = self._shards(folder, title, examples, inputs, make)
+        return [[Response(**response) for response in row["responses"]] for row in rows]
+
+    def _engine(self, player: Player) -> Engine:
+        return TransformersEngine(self.players.opponent(player), self.renderer, self.recipe.generation.batch_size)
+
+    def _scores(
+        self,
+        folder: str,
+        title: str,
+        player: Player,
+        examples: Sequence[TokenizedExample],
+        others: Mapping[str, Answers],
+    ) -> Scores:
+        """A player's log-probs, by the forward pass of training, shard by shard."""
+        inputs = self._inputs(
+            player=player.hash,
+            data=self._data_hash,
+            others={source: _hash_of(answers) for source, answers in others.items()},
+        )
+        places = {example.id: place for place, example in enumerate(examples)}
+
+        def make(shard: Sequence[TokenizedExample], task: Any) -> list[dict[str, Any]]:
+            rows = []
+            for example in shard:
+                ids = {source: [r.token_ids for r in answers[places[example.id]]] for source, answers in others.items()}
+                rows.append((example, ids))
+            return self._score_shard(player, rows, task.add_tokens)
+
+        rows = self._shards(folder, title, examples, inputs, make)
+        return Scores(
+            real=[row["real"] for row in rows],
+            others={source: [row["others"][source] for row in rows] for source in others},
+        )
+
+    def _score_shard(
+        self,
+        player: Player,
+        rows: Sequence[tuple[TokenizedExample, dict[str, list[list[int]]]]],
+        on_tokens: Callable[[int], None],
+    ) -> list[dict[str, Any]]:
+        """Each different response of an example once."""
+        wanted = {
+            (place, tuple(ids)): (example.prompt_ids, ids)
+            for place, (example, others) in enumerate(rows)
+            for ids in [example.real_ids, *(ids for answers in others.values() for ids in answers)]
+        }
+        names, responses = list(wanted), list(wanted.values())
+        logprobs: dict[tuple[int, tuple[int, ...]], float] = {}
+        model = self.players.opponent(player)
+        with self.players.autocast():
+            for places, values in score_responses(
+                model, responses, self.recipe.scoring_batch_size, self.renderer.pad_id
+            ):
+                logprobs.update({names[i]: value for i, value in zip(places, values, strict=True)})
+                on_tokens(sum(len(responses[i][0]) + len(responses[i][1]) for i in places))
+        return [
+            {
+                "id": example.id,
+                "real": logprobs[place, tuple(example.real_ids)],
+                "others": {
+                    source: [logprobs[place, tuple(ids)] for ids in answers] for source, answers in others.items()
+                },
+            }
+            for place, (example, others) in enumerate(rows)
+        ]
+
+    def _shards(
+        self,
+        folder: str,
+        title: str,
+        examples: Sequence[TokenizedExample],
+        inputs: Inputs,
+        make: Callable[[Sequence[TokenizedExample], Any], list[dict[str, Any]]],
+    ) -> list[dict[str, Any]]:
+        """Rows for each example, committed in shards; in a distributed run, every process makes its share of them."""
+        size, stage = self.recipe.generation.shard_size, _stage(title)
+        shards = [examples[start : start + size] for start in range(0, len(examples), size)]
+        artifacts = [
+            self.run.artifact(f"{folder}/{number:05d}.jsonl", stage, {**inputs, "shard": [number, size]})
+            for number in range(len(shards))
+        ]
+        mine = range(self.processes.process_index, len(shards), self.processes.num_processes)
+        missing = [number for number in mine if self._needs_making(artifacts[number])]
+        if missing:
+            count = sum(len(shards[number]) for number in missing)
+            with self._timed(folder) as timing, self.progress.task(title, count, "prompts") as task:
+                for number in missing:
+                    rows = make(shards[number], task)
+                    with artifacts[number].staging() as place:
+                        write_jsonl(place, rows)
+                    task.add_items(len(shards[number]))
+                timing["tokens"] = task.tokens
+        self.processes.wait_for_everyone()
+        return [row for artifact in artifacts for row in read_jsonl(artifact.path)]
+
+    def _train(
+        self,
+        folder: str,
+        name: str,
+        title: str,
+        start: Player,
+        inputs: Inputs,
+        make_trainer: Callable[[Any, Path], Any],
+    ) -> Player:
+        """Train from a player's weights, or go on at the last checkpoint, and commit the result."""
+        stage = _stage(title)
+        log = self.run.artifact(f"{folder}/training.jsonl", stage, inputs)
+        weights = self.run.artifact(f"{folder}/{self._weights_kind}", stage, inputs)
+        self.processes.wait_for_everyone()
+        if any([self._needs_making(log), self._needs_making(weights)]):
+            checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
+            with self._timed(folder):
+                model = self.players.main_player(start, seed=self._seed(folder))
+                trainer = make_trainer(model, checkpoints)
+                rows = train_resumably(trainer, lambda *logged: self.progress.training(title, *logged))
+                self._commit_training(trainer, rows, log, weights)
+            self.processes.wait_for_everyone()
+            if self.processes.is_main_process:
+                self.run.remove_checkpoints(folder)
+        self.processes.wait_for_everyone()
+        return Player(name, weights.path, weights.hash)
+
+    def _commit_training(self, trainer: Any, rows: list[dict[str, Any]], log: Artifact, weights: Artifact) -> None:
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        if self.processes.is_main_process:
+            with log.staging() as place:
+                write_jsonl(place, rows)
+            with weights.staging() as place:
+                self.players.save(model, place, state_dict)
+        if sharded:
+            self.players.forget()
+
+    def _training_arguments(
+        self, kind: type[Any], section: SFTSection | TrainingSection, folder: str, directory: Path, **settings: Any
+    ) -> Any:
+        return kind(
+            **section.arguments()
+            | settings
+            | {
+                "output_dir": str(directory),
+                "seed": self._seed(folder),
+                "use_cpu": self.players.device.type == "cpu",
+                "logging_strategy": "steps",
+                "save_strategy": "steps",
+                "disable_tqdm": True,
+            }
+        )
+
+    def _seed(self, folder: str) -> int:
+        """Of one training: of its adapter, its order of pairs, its dropout."""
+        return request_seed(self.recipe.seed, folder) % 2**31
+
+    def _inputs(self, *sections: str, **values: Any) -> dict[str, Any]:
+        """What an artifact is made from: recipe sections and other values."""
+        return self.recipe.model_dump(include=set(sections), mode="json") | values
+
+    def _needs_making(self, artifact: Artifact) -> bool:
+        if artifact.is_committed():
+            return False
+        if self.run.has_record(artifact.key):
+            self.progress.say(f"{artifact.key}: its inputs have changed, so it is made anew")
+        if self._only is not None and artifact.stage not in self._only:
+            raise UserError(
+                f"{artifact.path}: missing; the stage {artifact.stage!r} makes it: run that first, or spinlm run"
+            )
+        return True
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[dict[str, Any]]:
+        """Add a line to timings.jsonl, which is the only file where two equal runs differ."""
+        timing: dict[str, Any] = {"what": what}
+        started = time.perf_counter()
+        yield timing
+        if self.processes.is_main_process:
+            timing["seconds"] = round(time.perf_counter() - started, 3)
+            with (self.run.path / "timings.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(timing) + "\n")
+
+
+def _check_context(recipe: Recipe, context: int | None) -> None:
+    data, new = recipe.data, recipe.generation.max_new_tokens
+    if context is None:
+        return
+    if data.max_length > context:
+        raise UserError(
+            f"data.max_length: {data.max_length} tokens of prompt and response, but {recipe.model.name} takes "
+            f"{context}: lower data.max_length"
+        )
+    if data.max_prompt_tokens + new > context:
+        raise UserError(
+            f"data.max_prompt_tokens + generation.max_new_tokens: {data.max_prompt_tokens} + {new} tokens, but "
+            f"{recipe.model.name} takes {context}: lower one of them"
+        )
+
+
+def _check_measure(recipe: Recipe, split: Split) -> None:
+    select_by = recipe.evaluation.select_by
+    if select_by.startswith("accuracy") and any(example.verifier is None for example in split.held_out):
+        raise UserError(
+            f"evaluation.select_by: {select_by} can't be measured, since {recipe.data.source} has no verifier; "
+            "choose real_nll, truncation_rate or repetition_rate"
+        )
+
+
+def _stage(title: str) -> str:
+    """`iteration 0: generate` and `base: evaluate (greedy)` name the stages generate and evaluate."""
+    return title.rpartition(": ")[2].partition(" (")[0]
+
+
+def _extra(section: TrainingSection, name: str) -> Any:
+    return (section.model_extra or {}).get(name)
+
+
+def _hash_of(value: Any) -> str:
+    """A name for results that are already on the disk."""
+    return digest(json.loads(json.dumps(value, default=asdict)))
+
+
+def _margins(main: Scores, opponent: Scores, beta: float) -> list[list[float]]:
+    """Held-out margins of each real response against the opponent's fresh ones."""
+    return [
+        [
+            beta * ((main.real[i] - opponent.real[i]) - (mine - theirs))
+            for mine, theirs in zip(of_main, of_opponent, strict=True)
+        ]
+        for i, (of_main, of_opponent) in enumerate(zip(main.others["opponent"], opponent.others["own"], strict=True))
+    ]
+
+
+def _held_out_answers(
+    examples: Sequence[TokenizedExample], sampled: Answers, greedy: Answers | None, scores: Scores
+) -> list[HeldOutAnswer]:
+    answers = []
+    for place, example in enumerate(examples):
+        verifier = example.verifier
+        answers.append(
+            HeldOutAnswer(
+                real_logprob=scores.real[place],
+                real_tokens=len(example.real_ids),
+                sampled=[r.token_ids for r in sampled[place]],
+                sampled_truncated=[r.finish_reason == "length" for r in sampled[place]],
+                sampled_correct=None if verifier is None else [correct(r.text, verifier) for r in sampled[place]],
+                greedy_correct=None if verifier is None or greedy is None else correct(greedy[place][0].text, verifier),
+            )
+        )
+    return answers

@@ -1,0 +1,1 @@
+"""Training: the losses, the SPIN trainer, and the supervised stage."""
