@@ -299,7 +299,8 @@ class Stages:
             requests = [
                 Request(e.prompt_ids, request_seed(self.recipe.seed, folder, e.id, i)) for e in shard for i in range(k)
             ]
-            responses = iter(self._engine(player).generate(requests, sampling, task.add_tokens))
+            with self.players.autocast():
+                responses = iter(self._engine(player).generate(requests, sampling, task.add_tokens))
             return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in shard]
 
         rows = self._shards(folder, title, examples, inputs, make)
