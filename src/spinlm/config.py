@@ -24,7 +24,7 @@ Schedule = float | list[float]
 class Section(BaseModel):
     """A part of the recipe. Frozen: a run never changes its own recipe."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -166,7 +166,7 @@ class TrainerSection(Section):
     but for those that a run has to decide itself.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow")
 
     DECIDED_BY_THE_RUN: ClassVar[frozenset[str]] = frozenset(
         {
@@ -392,7 +392,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date like 2024-02-31
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections; this is {type(tree).__name__}")
@@ -414,7 +414,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise UserError(f"{override!r}: an override is written section.key=value, for example training.beta=0.2")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
     for part in reversed(key.strip().split(".")):
         value = {part: value}
@@ -432,8 +432,9 @@ def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 def _default_run_dir(path: Path | None, tree: Mapping[str, Any]) -> str:
     if path is not None:
         return f"runs/{path.stem}"
-    parts = [tree.get("model", {}).get("name", "model"), tree.get("data", {}).get("source", "data")]
-    return "runs/" + "-".join(Path(str(part).replace(":", "-")).stem for part in parts)
+    given = _flat(tree)
+    names = [Path(str(given.get(key, key)).replace(":", "-")).name for key in ("model.name", "data.source")]
+    return "runs/" + "-".join(re.sub(r"\.(gguf|jsonl?|ndjson|csv|parquet)$", "", name) for name in names)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -461,8 +462,8 @@ def _explain(problem: dict[str, Any], schema: type[BaseModel]) -> str:
 
 
 def _is_type_name(part: str) -> bool:
-    """Whether pydantic put this part there to say which member of a union it tried."""
-    return part in {"int", "float", "str", "none"} or part.startswith(("list[", "literal[", "dict["))
+    """Whether pydantic put this part there to say which member of a union it tried, or that a key is meant."""
+    return part in {"int", "float", "str", "none", "[key]"} or part.startswith(("list[", "literal[", "dict["))
 
 
 def _known_keys(schema: type[BaseModel], place: Sequence[str]) -> Iterable[str]:

@@ -66,8 +66,7 @@ class Artifact:
         """
         if not self.run.has_record(self.key):
             return self.run.forked_from is not None and self._adopt(self.run.forked_from)
-        record = self.run.record(self.key)
-        if record["inputs"] != canonical(self.inputs):
+        if self.run.record(self.key, self.stage)["inputs"] != canonical(self.inputs):
             return False
         self.run.verify(self.key)
         return True
@@ -98,7 +97,7 @@ class Artifact:
             "inputs": canonical(self.inputs),
             "files": files,
         }
-        write_json(self.run.record_path(self.key), record)
+        write_json(self.run.record_path(self.key), record | {"record_hash": digest(record)})
 
     def _adopt(self, other: RunDir) -> bool:
         """Take the same artifact from the run this one was forked from, where it still holds."""
@@ -133,11 +132,14 @@ class RunDir:
         """
         path = self.path / "run.json"
         try:
-            return dict(read_json(path))
+            header = dict(read_json(path))
         except FileNotFoundError:
             raise UserError(f"{self.path}: not a run directory (it has no run.json)") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise UserError(f"{path}: can't be read: {error}; restore it, or start a new run") from None
+        if missing := {"recipe", "versions", "forked_from"} - header.keys():
+            raise UserError(f"{path}: has no {', '.join(sorted(missing))}; restore it, or start a new run")
+        return header
 
     def recipe(self) -> Recipe:
         """The recipe that the run was started with."""
@@ -149,8 +151,8 @@ class RunDir:
         Raises:
             UserError: The directory holds something else, or a run of another recipe.
         """
-        if not self.exists() or not self.records():
-            if not self.exists() and self.path.exists() and any(e.name != "lock" for e in self.path.iterdir()):
+        if not self.exists() or not any((self.path / "commits").glob("*.json")):
+            if not self.exists() and any(entry.name not in ("lock", ".run.json") for entry in self.path.glob("*")):
                 raise UserError(f"{self.path}: holds files but no run; give an empty or new directory as run_dir")
             header = {
                 "recipe": recipe.model_dump(mode="json"),
@@ -197,6 +199,7 @@ class RunDir:
             try:
                 yield
             finally:
+                shutil.rmtree(self.path / ".staging", ignore_errors=True)
                 lock.truncate(0)
 
     # --- artifacts ---
@@ -221,12 +224,25 @@ class RunDir:
     def has_record(self, key: str) -> bool:
         return self.record_path(key).is_file()
 
-    def record(self, key: str) -> dict[str, Any]:
+    def record(self, key: str, stage: str | None = None) -> dict[str, Any]:
+        """An artifact's record.
+
+        Args:
+            key: The artifact's.
+            stage: What makes it, where that is known, for messages.
+
+        Raises:
+            CorruptArtifact: The record isn't what was written.
+        """
         path = self.record_path(key)
         try:
-            return dict(read_json(path))
-        except ValueError as error:
-            raise CorruptArtifact(f"{path}: can't be read: {error}. {self._remedy(key)}") from None
+            record = dict(read_json(path))
+            whole = record.pop("record_hash", None) == digest(record)
+        except (ValueError, TypeError):
+            whole = False
+        if not whole:
+            raise CorruptArtifact(f"{path}: not what was committed. {self._remedy(stage)}")
+        return record
 
     def records(self) -> list[dict[str, Any]]:
         """All commits, by key."""
@@ -242,12 +258,12 @@ class RunDir:
         record = self.record(key)
         place = self.path / key
         if not place.exists():
-            raise CorruptArtifact(f"{place}: missing, though it was committed. {self._remedy(key)}")
+            raise CorruptArtifact(f"{place}: missing, though it was committed. {self._remedy(record['stage'])}")
         found = file_hashes(place)
         for name in sorted(found.keys() | record["files"].keys()):
             if found.get(name) != record["files"].get(name):
                 what = "missing" if name not in found else "not what was committed (its SHA-256 differs)"
-                raise CorruptArtifact(f"{place / name if name else place}: {what}. {self._remedy(key)}")
+                raise CorruptArtifact(f"{place / name if name else place}: {what}. {self._remedy(record['stage'])}")
 
     def forget(self, key: str) -> None:
         """Remove an artifact and its record, the record first."""
@@ -270,12 +286,9 @@ class RunDir:
                 broken.append(key)
         return broken
 
-    def _remedy(self, key: str) -> str:
-        try:
-            stage = f"the stage {read_json(self.record_path(key))['stage']!r}"
-        except (ValueError, OSError, KeyError):
-            stage = "its stage"
-        return f"{stage[0].upper()}{stage[1:]} makes it anew: run the same command with --repair."
+    def _remedy(self, stage: str | None) -> str:
+        which = f"The stage {stage!r}" if stage else "Its stage"
+        return f"{which} makes it anew: run the same command with --repair."
 
     def point(self, name: str, key: str) -> None:
         """Let `latest` or `best` point to an artifact."""

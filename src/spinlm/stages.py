@@ -24,7 +24,7 @@ from spinlm.data.render import Renderer
 from spinlm.errors import UserError
 from spinlm.evaluation.measures import HeldOutAnswer, chosen_measure, measure, select_best
 from spinlm.evaluation.verifiers import correct
-from spinlm.generation.engine import Engine, Request, Response, Sampling, request_seed
+from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.players.logprobs import score_responses
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
@@ -295,15 +295,16 @@ class Stages:
         """A player's k responses to each example's prompt, shard by shard."""
         inputs = self._inputs("seed", sampling=asdict(sampling), k=k, player=player.hash, data=self._data_hash)
 
-        def make(shard: Sequence[TokenizedExample], task: Any) -> list[dict[str, Any]]:
+        def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
+            asked = [examples[place] for place in shard]
             requests = [
-                Request(e.prompt_ids, request_seed(self.recipe.seed, folder, e.id, i)) for e in shard for i in range(k)
+                Request(e.prompt_ids, request_seed(self.recipe.seed, folder, e.id, i)) for e in asked for i in range(k)
             ]
             with self.players.autocast():
-                responses = iter(self._engine(player).generate(requests, sampling, task.add_tokens))
-            return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in shard]
+                responses = iter(self._engine(player).generate(requests, sampling, on_progress))
+            return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in asked]
 
-        rows = self._shards(folder, title, examples, inputs, make)
+        rows = self._shards(folder, title, len(examples), k, inputs, make)
         return [[Response(**response) for response in row["responses"]] for row in rows]
 
     def _engine(self, player: Player) -> Engine:
@@ -323,16 +324,16 @@ class Stages:
             data=self._data_hash,
             others={source: _hash_of(answers) for source, answers in others.items()},
         )
-        places = {example.id: place for place, example in enumerate(examples)}
+        each = 1 + sum(len(answers[0]) for answers in others.values() if answers)
 
-        def make(shard: Sequence[TokenizedExample], task: Any) -> list[dict[str, Any]]:
+        def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
             rows = []
-            for example in shard:
-                ids = {source: [r.token_ids for r in answers[places[example.id]]] for source, answers in others.items()}
-                rows.append((example, ids))
-            return self._score_shard(player, rows, task.add_tokens)
+            for place in shard:
+                ids = {source: [r.token_ids for r in answers[place]] for source, answers in others.items()}
+                rows.append((examples[place], ids))
+            return self._score_shard(player, rows, on_progress)
 
-        rows = self._shards(folder, title, examples, inputs, make)
+        rows = self._shards(folder, title, len(examples), each, inputs, make)
         return Scores(
             real=[row["real"] for row in rows],
             others={source: [row["others"][source] for row in rows] for source in others},
@@ -342,7 +343,7 @@ class Stages:
         self,
         player: Player,
         rows: Sequence[tuple[TokenizedExample, dict[str, list[list[int]]]]],
-        on_tokens: Callable[[int], None],
+        on_progress: OnProgress,
     ) -> list[dict[str, Any]]:
         """Each different response of an example once."""
         wanted = {
@@ -358,7 +359,7 @@ class Stages:
                 model, responses, self.recipe.scoring_batch_size, self.renderer.pad_id
             ):
                 logprobs.update({names[i]: value for i, value in zip(places, values, strict=True)})
-                on_tokens(sum(len(responses[i][0]) + len(responses[i][1]) for i in places))
+                on_progress(sum(len(responses[i][0]) + len(responses[i][1]) for i in places), len(places))
         return [
             {
                 "id": example.id,
@@ -374,13 +375,14 @@ class Stages:
         self,
         folder: str,
         title: str,
-        examples: Sequence[TokenizedExample],
+        count: int,
+        each: int,
         inputs: Inputs,
-        make: Callable[[Sequence[TokenizedExample], Any], list[dict[str, Any]]],
+        make: Callable[[range, OnProgress], list[dict[str, Any]]],
     ) -> list[dict[str, Any]]:
-        """Rows for each example, committed in shards; in a distributed run, every process makes its share of them."""
+        """Rows for `count` examples with `each` responses, committed in shards that the processes share out."""
         size, stage = self.recipe.generation.shard_size, _stage(title)
-        shards = [examples[start : start + size] for start in range(0, len(examples), size)]
+        shards = [range(start, min(start + size, count)) for start in range(0, count, size)]
         artifacts = [
             self.run.artifact(f"{folder}/{number:05d}.jsonl", stage, {**inputs, "shard": [number, size]})
             for number in range(len(shards))
@@ -388,13 +390,14 @@ class Stages:
         mine = range(self.processes.process_index, len(shards), self.processes.num_processes)
         missing = [number for number in mine if self._needs_making(artifacts[number])]
         if missing:
-            count = sum(len(shards[number]) for number in missing)
-            with self._timed(folder) as timing, self.progress.task(title, count, "prompts") as task:
+            total = each * sum(len(shards[number]) for number in missing)
+            with self._timed(folder) as timing, self.progress.task(title, total, "responses") as task:
                 for number in missing:
-                    rows = make(shards[number], task)
+                    finished = task.done + each * len(shards[number])
+                    rows = make(shards[number], task.advance)
                     with artifacts[number].staging() as place:
                         write_jsonl(place, rows)
-                    task.add_items(len(shards[number]))
+                    task.advance(0, finished - task.done)
                 timing["tokens"] = task.tokens
         self.processes.wait_for_everyone()
         return [row for artifact in artifacts for row in read_jsonl(artifact.path)]
@@ -420,10 +423,9 @@ class Stages:
                 trainer = make_trainer(model, checkpoints)
                 rows = train_resumably(trainer, lambda *logged: self.progress.training(title, *logged))
                 self._commit_training(trainer, rows, log, weights)
-            self.processes.wait_for_everyone()
-            if self.processes.is_main_process:
-                self.run.remove_checkpoints(folder)
         self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            self.run.remove_checkpoints(folder)
         return Player(name, weights.path, weights.hash)
 
     def _commit_training(self, trainer: Any, rows: list[dict[str, Any]], log: Artifact, weights: Artifact) -> None:

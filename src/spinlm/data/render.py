@@ -49,8 +49,7 @@ class Renderer:
         self._single_turn_only = False
         self._set_chat_template(prompt)
         self._tail = self._text_after_response()
-        self._tail_ids = self._up_to_end_of_turn(self._tokenize(self._tail), model_stop_ids)
-        self.end_of_turn_id = self._tail_ids[-1]
+        self._template_ends_turns, self.end_of_turn_id = self._end_of_turn(model_stop_ids)
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         self.stop_ids = frozenset([self.end_of_turn_id, *eos, *model_stop_ids])
 
@@ -72,21 +71,17 @@ class Renderer:
     def response_ids(self, messages: Sequence[Message], response: str) -> list[int]:
         """The real response's tokens, its end-of-turn token included.
 
-        Tokenised in its context, unless the tokenizer would merge it with the prompt's end: the prompt's
-        tokens have to be those that generation sees.
-
         Raises:
-            RenderError: The chat template refuses the conversation, or the response holds the end-of-turn token.
+            RenderError: The chat template refuses the conversation, or the response holds a token that ends it.
         """
         prompt_text = self._prompt_text(messages)
-        prompt_ids = self._tokenize(prompt_text)
         text = self._response_text(messages, response, prompt_text)
-        together = self._tokenize(prompt_text + text)
-        in_context = together[: len(prompt_ids)] == prompt_ids
-        ids = together[len(prompt_ids) :] if in_context else self._tokenize(text)
-        if self.end_of_turn_id in ids:
+        if not self.stop_ids.isdisjoint(self._tokenize(text)):
             raise RenderError("response contains the end-of-turn token")
-        return ids + self._tail_ids
+        if not self._template_ends_turns:
+            return [*self._tokenize_after(prompt_text, text), self.end_of_turn_id]
+        ids = self._tokenize_after(prompt_text, text + self._tail)
+        return ids[: ids.index(self.end_of_turn_id) + 1]
 
     def text(self, ids: Sequence[int]) -> str:
         """The words of a response, without special tokens."""
@@ -103,15 +98,17 @@ class Renderer:
 
     def _as_chat_template(self, template: str) -> str:
         """A template around one user turn, in Jinja; the system prompt goes first, turns follow one another."""
-        before, after = (json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}"))
         starts_with_bos = self._tokenize_with_specials("x")[:1] == [self.tokenizer.bos_token_id]
+        if starts_with_bos:
+            template = template.removeprefix(self.tokenizer.bos_token)
+        before, after = (json.dumps(part, ensure_ascii=False) for part in template.split("{prompt}"))
         return (
             ("{{ bos_token }}" if starts_with_bos else "")
             + "{% for message in messages %}"
             + "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
             + "{% elif message['role'] == 'user' %}"
             + f"{{{{ {before} + message['content'] + {after} }}}}"
-            + "{% else %}{{ message['content'] + eos_token }}{% endif %}"
+            + "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}"
             + "{% endfor %}"
         )
 
@@ -139,14 +136,16 @@ class Renderer:
             raise UserError("the chat template leaves out the assistant's words: give another prompt.chat_template")
         return full[full.rindex(_PROBE) + len(_PROBE) :]
 
-    def _up_to_end_of_turn(self, tail_ids: list[int], model_stop_ids: Collection[int]) -> list[int]:
-        special = set(self.tokenizer.all_special_ids) | set(model_stop_ids)
-        for place, token in enumerate(tail_ids):
-            if token in special:
-                return tail_ids[: place + 1]
+    def _end_of_turn(self, model_stop_ids: Collection[int]) -> tuple[bool, int]:
+        """Whether the template itself ends a response with a special token, and that token, or else the tokenizer's."""
+        added = {token_id for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        special = added.union(self.tokenizer.all_special_ids, model_stop_ids)
+        for token_id in self._tokenize(self._tail):
+            if token_id in special:
+                return True, token_id
         if self.tokenizer.eos_token_id is None:
             raise UserError("neither the chat template nor the tokenizer has a token that ends a response")
-        return [int(self.tokenizer.eos_token_id)]
+        return False, int(self.tokenizer.eos_token_id)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         import jinja2
@@ -165,6 +164,18 @@ class Renderer:
         """Tokens of rendered text: its special tokens are written in it, none is added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _tokenize_after(self, context: str, text: str) -> list[int]:
+        """Tokens of text that stands after a context, whose own tokens stay what they are without it.
+
+        Where the tokenizer would merge the two, the text is tokenised at the start of a line: on its own, some
+        tokenizers would put a space before it.
+        """
+        for before in (context, "\n"):
+            before_ids, together = self._tokenize(before), self._tokenize(before + text)
+            if together[: len(before_ids)] == before_ids:
+                return together[len(before_ids) :]
+        return self._tokenize(text)
+
     def _tokenize_with_specials(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
 
@@ -175,5 +186,5 @@ def _template_text(template: str) -> str:
         return template
     try:
         return Path(template).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"prompt.chat_template: {template}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt.chat_template: {template}: can't be read: {error}") from None

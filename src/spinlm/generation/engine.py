@@ -51,15 +51,15 @@ class Response:
     logprob: float
 
 
-OnToken = Callable[[int], None]
-"""Called after each decoding step with the number of tokens it made."""
+OnProgress = Callable[[int, int], None]
+"""Called after each decoding step with the tokens it made and the responses it finished."""
 
 
 class Engine(Protocol):
     """Answers requests as whoever is seated."""
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_tokens: OnToken | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
     ) -> list[Response]:
         """One response for each request, in their order."""
         ...

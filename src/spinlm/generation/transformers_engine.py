@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from spinlm.data.render import Renderer
-from spinlm.generation.engine import OnToken, Request, Response, Sampling
+from spinlm.generation.engine import OnProgress, Request, Response, Sampling
 
 
 class TransformersEngine:
@@ -23,22 +23,22 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, on_tokens: OnToken | None = None
+        self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
     ) -> list[Response]:
         """One response for each request, in their order."""
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         responses: dict[int, Response] = {}
         for start in range(0, len(order), self._batch_size):
             places = order[start : start + self._batch_size]
-            batch = self._decode([requests[i] for i in places], sampling, on_tokens)
+            batch = self._decode([requests[i] for i in places], sampling, on_progress)
             responses.update(zip(places, batch, strict=True))
         return [responses[i] for i in range(len(requests))]
 
-    def _decode(self, requests: list[Request], sampling: Sampling, on_tokens: OnToken | None) -> list[Response]:
+    def _decode(self, requests: list[Request], sampling: Sampling, on_progress: OnProgress | None) -> list[Response]:
         stop_ids = sorted(self._renderer.stop_ids)
         device = next(self._model.parameters()).device
         input_ids, attention_mask = _pad_left([r.prompt_ids for r in requests], self._renderer.pad_id, device)
-        sampler = SeededSampler([r.seed for r in requests], sampling, stop_ids, device, on_tokens)
+        sampler = SeededSampler([r.seed for r in requests], sampling, stop_ids, device, on_progress)
         output = self._model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -76,13 +76,13 @@ class SeededSampler(LogitsProcessor):  # type: ignore[no-untyped-call]
         sampling: Sampling,
         stop_ids: Collection[int],
         device: torch.device,
-        on_tokens: OnToken | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         self.logprobs = torch.zeros(len(seeds), dtype=torch.float32, device=device)
         self._running = torch.ones(len(seeds), dtype=torch.bool, device=device)
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
         self._sampling = sampling
-        self._on_tokens = on_tokens
+        self._on_progress = on_progress
         self._step = 0
         self._uniforms = torch.empty(0)
         if sampling.temperature > 0:
@@ -98,9 +98,12 @@ class SeededSampler(LogitsProcessor):  # type: ignore[no-untyped-call]
         tokens = self._choose(input_ids, logprobs)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
         self.logprobs += torch.where(self._running, chosen, 0.0)
-        if self._on_tokens is not None:
-            self._on_tokens(int(self._running.sum()))
-        self._running &= ~torch.isin(tokens, self._stop_ids)
+        stops = torch.isin(tokens, self._stop_ids)
+        if self._on_progress is not None:
+            last = self._step + 1 == self._sampling.max_new_tokens
+            finishing = self._running if last else self._running & stops
+            self._on_progress(int(self._running.sum()), int(finishing.sum()))
+        self._running &= ~stops
         self._step += 1
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 

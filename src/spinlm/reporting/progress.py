@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 SECONDS_BETWEEN_LINES = 5.0
 _SHOWN_METRICS = ("loss", "margin", "reward_accuracy", "start_loss")
@@ -31,22 +33,24 @@ class Task:
     tokens: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def add_tokens(self, count: int) -> None:
-        self.tokens += count
+    def advance(self, tokens: int = 0, items: int = 0) -> None:
+        self.tokens += tokens
+        self.done += items
         self.show.update(self)
 
-    def add_items(self, count: int) -> None:
-        self.done += count
-        self.show.update(self)
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self.started, 1e-6)
+
+    @property
+    def speed(self) -> str:
+        return f"{self.tokens / self.seconds:.0f} tokens/s"
 
     def line(self) -> str:
         """`iteration 0: generate 32/64 prompts, 85 tokens/s, 0:41 left`."""
-        seconds = max(time.monotonic() - self.started, 1e-6)
-        parts = [f"{self.description} {self.done}/{self.total} {self.unit}"]
-        if self.tokens:
-            parts.append(f"{self.tokens / seconds:.0f} tokens/s")
+        parts = [f"{self.description} {self.done}/{self.total} {self.unit}", self.speed]
         if 0 < self.done < self.total:
-            left = int(seconds / self.done * (self.total - self.done))
+            left = int(self.seconds / self.done * (self.total - self.done))
             parts.append(f"{left // 60}:{left % 60:02d} left")
         return ", ".join(parts)
 
@@ -58,26 +62,31 @@ class Progress:
         self.console = console
         self._speaks = speaks
         self._last_line = 0.0
-        self._status = console.status("") if speaks and console.is_terminal else None
+        self._bar: Bar | None = None
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[Task]:
-        """Show a task while it runs."""
+        """Show a task while it runs, and a line about it when it is done."""
         task = Task(description, total, unit, self)
-        self._last_line = 0.0
-        if self._status is not None:
-            self._status.start()
-        try:
-            self.update(task)
+        self._last_line = time.monotonic()
+        if self._speaks and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+            )
+            with Bar(*columns, TimeRemainingColumn(), console=self.console, transient=True) as self._bar:
+                self._bar.add_task(description, total=total, speed="")
+                yield task
+            self._bar = None
+        else:
             yield task
-        finally:
-            if self._status is not None:
-                self._status.stop()
-        self.say(f"{task.line()} in {time.monotonic() - task.started:.0f} s")
+        self.say(f"{task.line()}, {task.seconds:.0f} s")
 
     def update(self, task: Task) -> None:
-        if self._status is not None:
-            self._status.update(task.line())
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=task.done, speed=task.speed)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self.say(task.line())

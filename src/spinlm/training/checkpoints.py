@@ -56,8 +56,10 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    mark = _mark(checkpoint)
-    return mark.is_file() and read_json(mark) == file_hashes(checkpoint)
+    try:
+        return bool(read_json(_mark(checkpoint)) == file_hashes(checkpoint))
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _mark(checkpoint: Path) -> Path:

@@ -187,8 +187,10 @@ class SPINTrainer(Trainer):
         )
 
     def _compute_dtype(self) -> torch.dtype:
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
+        if self.args.bf16 or getattr(self.model, "is_loaded_in_4bit", False):
+            return torch.bfloat16
+        if self.args.fp16:
+            return torch.float16
         dtype: torch.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         return dtype
 
