@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from spinlm.config import Recipe
 from spinlm.errors import UserError
 from spinlm.reporting.report import Report, Sample, model_card
-from spinlm.rundir import RunDir, read_json
+from spinlm.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,15 +180,22 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
     source, out = Run(run_path), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and isn't empty; give a new directory")
+    if not merge and source.recipe.adapter is not None and source.recipe.model.name.endswith(".gguf"):
+        raise UserError(
+            f"{source.path}: its base is a GGUF file, which an adapter alone can't name: export with --merge"
+        )
     weights = _weights_of(source, iteration)
     name = f"iteration-{weights.parent.name}"
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
-    _write_export(source, name, weights, beside, merge)
-    if out.exists():
-        out.rmdir()
-    beside.rename(out)
+    try:
+        _write_export(source, name, weights, beside, merge)
+        if out.exists():
+            out.rmdir()
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return out
 
 
@@ -202,10 +209,17 @@ def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool)
         players.merged(Player(name, weights, "exported")).save_pretrained(out)
     else:
         shutil.copytree(weights, out)
+        _name_the_base(out / "adapter_config.json", recipe.model.name)
     Renderer(players.tokenizer, recipe.prompt, players.stop_ids()).tokenizer.save_pretrained(out)
     header = RunDir(source.path).header()
     report = {**header, "measures": source.measures.get(name, {})}
     (out / "README.md").write_text(model_card(name, report, recipe.model.name, whole), encoding="utf-8")
+
+
+def _name_the_base(config: Path, name: str) -> None:
+    """An adapter finds its base by name: that of a local one has to hold wherever it is loaded from."""
+    named = read_json(config) | {"base_model_name_or_path": str(Path(name).resolve()) if Path(name).exists() else name}
+    write_json(config, named)
 
 
 def _weights_of(source: Run, iteration: str) -> Path:
