@@ -78,7 +78,7 @@ def build_model(family: str, seed: int = 0) -> Any:
     else:
         config = getattr(transformers, f"{name}Config")(**sizes)
     torch.manual_seed(seed)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def build_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:

@@ -101,10 +101,11 @@ def opened(
     from accelerate import PartialState
     from rich.console import Console
 
+    from spinlm.players.models import find_device
     from spinlm.reporting.progress import Progress
     from spinlm.stages import Stages
 
-    processes = PartialState(cpu=recipe.model.device == "cpu")
+    processes = PartialState(cpu=find_device(recipe.model.device).type == "cpu")
     run_dir = RunDir(Path(recipe.run_dir))
     with run_dir.locked() if processes.is_main_process else _unlocked():
         if processes.is_main_process:

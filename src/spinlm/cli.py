@@ -110,12 +110,13 @@ def evaluate(
 def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """What is done, what is left, how long it took."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from spinlm.reporting.status import status as stages_of
     from spinlm.rundir import RunDir
 
-    table = Table(title=str(run_dir))
+    table = Table(title=escape(str(run_dir)))
     for heading in ("stage", "state", "seconds"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
     stages = stages_of(RunDir(run_dir))

@@ -73,6 +73,17 @@ class PromptSection(Section):
     template: str | None = None
     chat_template: str | None = None
 
+    @field_validator("chat_template")
+    @classmethod
+    def _read_file(cls, value: str | None) -> str | None:
+        """The Jinja text itself, so that the recipe holds what the run depends on."""
+        if value is None or "{" in value:
+            return value
+        try:
+            return Path(value).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{value}: can't be read: {error}") from None
+
     @model_validator(mode="after")
     def _one_of_them(self) -> PromptSection:
         if self.template is not None and self.chat_template is not None:

@@ -151,7 +151,7 @@ class RunDir:
         Raises:
             UserError: The directory holds something else, or a run of another recipe.
         """
-        if not self.exists() or not any((self.path / "commits").glob("*.json")):
+        if not self.exists() or not any((self.path / "commits").glob("[!.]*.json")):
             if not self.exists() and any(entry.name not in ("lock", ".run.json") for entry in self.path.glob("*")):
                 raise UserError(f"{self.path}: holds files but no run; give an empty or new directory as run_dir")
             header = {
@@ -246,7 +246,7 @@ class RunDir:
 
     def records(self) -> list[dict[str, Any]]:
         """All commits, by key."""
-        paths = sorted((self.path / "commits").glob("*.json"))
+        paths = sorted((self.path / "commits").glob("[!.]*.json"))
         return [self.record(path.stem.replace("--", "/")) for path in paths]
 
     def verify(self, key: str) -> None:
@@ -277,7 +277,7 @@ class RunDir:
     def repair(self) -> list[str]:
         """Forget every artifact that isn't what was committed, so that the run makes it anew."""
         broken = []
-        for path in sorted((self.path / "commits").glob("*.json")):
+        for path in sorted((self.path / "commits").glob("[!.]*.json")):
             key = path.stem.replace("--", "/")
             try:
                 self.verify(key)

@@ -34,6 +34,8 @@ from spinlm.training.checkpoints import train_resumably
 from spinlm.training.sft import sft_trainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
+ENGINES = {"transformers": TransformersEngine}
+
 Answers = list[list[Response]]
 """For each example, a player's responses to its prompt."""
 
@@ -91,7 +93,7 @@ class Stages:
         """The dataset, tokenised and split; read from the run directory once it is there."""
         keys = {"data", "prompt", "model", "seed"}
         artifact = self.run.artifact("data", "data", self.recipe.model_dump(include=keys, mode="json"))
-        if self._needs_making(artifact) and self.processes.is_main_process:
+        if self.processes.is_main_process and self._needs_making(artifact):
             split = self._prepare_data()
             with self._timed("data"), artifact.staging() as place:
                 place.mkdir()
@@ -160,7 +162,7 @@ class Stages:
     def _supervised(self, name: str, start: Player, section: SFTSection, max_steps: int) -> Player:
         examples = self.data.train
         settings = section.model_dump(mode="json") | {"max_steps": max_steps}
-        inputs = self._inputs("adapter", settings=settings, start=start.hash, data=self._data_hash)
+        inputs = self._inputs("seed", "adapter", settings=settings, start=start.hash, data=self._data_hash)
 
         def make_trainer(model: Any, directory: Path) -> Any:
             args = self._training_arguments(
@@ -215,7 +217,7 @@ class Stages:
             "learning_rate": learning_rate,
             "num_train_epochs": epochs,
         }
-        inputs = self._inputs("adapter", settings=settings, start=opponent.hash, pairs=_hash_of(pairs))
+        inputs = self._inputs("seed", "adapter", settings=settings, start=opponent.hash, pairs=_hash_of(pairs))
         kept, identical = drop_identical(pairs)
         if not kept:
             raise UserError(
@@ -273,7 +275,7 @@ class Stages:
             "evaluate",
             {"answers": _hash_of(sampled), "greedy": _hash_of(greedy), "scores": _hash_of([scores, margins])},
         )
-        if self._needs_making(artifact) and self.processes.is_main_process:
+        if self.processes.is_main_process and self._needs_making(artifact):
             measured = measure(_held_out_answers(held_out, sampled, greedy, scores), margins)
             with artifact.staging() as place:
                 write_json(place, {name: asdict(value) for name, value in measured.items()})
@@ -308,7 +310,8 @@ class Stages:
         return [[Response(**response) for response in row["responses"]] for row in rows]
 
     def _engine(self, player: Player) -> Engine:
-        return TransformersEngine(self.players.opponent(player), self.renderer, self.recipe.generation.batch_size)
+        section = self.recipe.generation
+        return ENGINES[section.engine](self.players.opponent(player), self.renderer, section.batch_size)
 
     def _scores(
         self,
@@ -415,8 +418,9 @@ class Stages:
         stage = _stage(title)
         log = self.run.artifact(f"{folder}/training.jsonl", stage, inputs)
         weights = self.run.artifact(f"{folder}/{self._weights_kind}", stage, inputs)
-        self.processes.wait_for_everyone()
-        if any([self._needs_making(log), self._needs_making(weights)]):
+        with self.processes.main_process_first():  # which copies them, in a forked run
+            missing = [artifact for artifact in (log, weights) if self._needs_making(artifact)]
+        if missing:
             checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
             with self._timed(folder):
                 model = self.players.main_player(start, seed=self._seed(folder))

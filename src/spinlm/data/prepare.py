@@ -68,7 +68,7 @@ def prepare(
     split = _split(tokenized, openings, all_dropped, section.held_out, seed)
     if not tokenized:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in split.drop_counts().items())
-        raise UserError(f"{section.source}: no example is left: {reasons}")
+        raise UserError(f"{section.source}: no example is left: {reasons or 'it has no rows'}")
     if not split.train:
         raise UserError(
             f"{section.source}: data.held_out={section.held_out} leaves none of the {len(tokenized)} examples "
@@ -90,7 +90,7 @@ def _tokenize(example: Example, renderer: Renderer, section: DataSection) -> Tok
         if section.overlong == "drop":
             over = "max_prompt_tokens" if len(prompt_ids) > section.max_prompt_tokens else "max_length"
             return Dropped(example.id, f"prompt over data.{over}")
-        prompt_ids = prompt_ids[-prompt_limit:]
+        prompt_ids = _without_its_left(prompt_ids, prompt_limit, renderer.bos_id)
     return TokenizedExample(
         id=example.id,
         prompt_ids=prompt_ids,
@@ -99,6 +99,13 @@ def _tokenize(example: Example, renderer: Renderer, section: DataSection) -> Tok
         real=example.response,
         verifier=example.verifier,
     )
+
+
+def _without_its_left(prompt_ids: list[int], limit: int, bos_id: int | None) -> list[int]:
+    """The prompt's last tokens, after its beginning-of-sequence token if it has one: models rely on that."""
+    if prompt_ids[0] == bos_id and limit > 1:
+        return [prompt_ids[0], *prompt_ids[-(limit - 1) :]]
+    return prompt_ids[-limit:]
 
 
 def _opening(example: Example) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinlm.config import PromptSection
@@ -59,6 +58,12 @@ class Renderer:
         pad = self.tokenizer.pad_token_id
         return int(self.end_of_turn_id if pad is None else pad)
 
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins every sequence, for tokenizers that have one."""
+        bos = self.tokenizer.bos_token_id
+        return None if bos is None else int(bos)
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's tokens, up to where the response begins.
 
@@ -89,7 +94,7 @@ class Renderer:
 
     def _set_chat_template(self, prompt: PromptSection) -> None:
         if prompt.chat_template is not None:
-            self.tokenizer.chat_template = _template_text(prompt.chat_template)
+            self.tokenizer.chat_template = prompt.chat_template
         elif prompt.template is not None:
             self.tokenizer.chat_template = self._as_chat_template(prompt.template)
         elif self.tokenizer.chat_template is None:
@@ -178,13 +183,3 @@ class Renderer:
 
     def _tokenize_with_specials(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
-
-
-def _template_text(template: str) -> str:
-    """The Jinja text itself, read from a file where the recipe names one."""
-    if "{" in template:
-        return template
-    try:
-        return Path(template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt.chat_template: {template}: can't be read: {error}") from None

@@ -67,7 +67,7 @@ class Players:
         self._bf16 = bf16
         self._model: Any = None
         self._seated: str | None = None
-        self.device = _device(model.device)
+        self.device = find_device(model.device)
         if model.load_in_4bit:
             _require_bitsandbytes()
 
@@ -290,7 +290,12 @@ def check_vocabulary(tokenizer: Any, config: Any) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that `model.device` means on this machine.
+
+    Raises:
+        UserError: It isn't there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -317,10 +322,8 @@ def _require_bitsandbytes() -> None:
 def _lora_arguments(adapter: AdapterSection, base: Any) -> dict[str, Any]:
     arguments = adapter.model_dump()
     if adapter.target_modules == "all-linear" and base.config.model_type in {"mamba", "falcon_mamba", "mamba2"}:
-        # Mamba's kernels read the weights of out_proj and conv1d directly, past any adapter: peft refuses them.
-        arguments["target_modules"] = [
-            name for name in ("in_proj", "x_proj", "dt_proj") if any(n.endswith(name) for n, _ in base.named_modules())
-        ]
+        # Mamba's kernels read the weights of the other projections directly, past any adapter.
+        arguments["target_modules"] = ["in_proj"]
     return arguments
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 COLUMNS = {
@@ -51,7 +53,7 @@ class Report:
 
     def table(self) -> Table:
         """For the terminal."""
-        table = Table(title=f"{self.title}: held-out measures, with 95 % intervals")
+        table = Table(title=f"{escape(self.title)}: held-out measures, with 95 % intervals")
         table.add_column("player", no_wrap=True)
         shown = self._shown()
         for name in shown:
@@ -131,7 +133,7 @@ def model_card(name: str, report: Mapping[str, Any], base: str, merged: bool) ->
     """
     training, kind = report["recipe"]["training"], "merged model" if merged else "adapter"
     rows = [_row([COLUMNS[key], _with_interval(value)]) for key, value in report["measures"].items() if key in COLUMNS]
-    front = ["---", f"base_model: {base}", "library_name: " + ("transformers" if merged else "peft")]
+    front = ["---", f"base_model: {json.dumps(base)}", "library_name: " + ("transformers" if merged else "peft")]
     return "\n".join(
         [
             *front,

@@ -44,7 +44,8 @@ def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[
     checkpoint = last_checkpoint(directory)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-    return [{name: value for name, value in entry.items() if name not in TIMING} for entry in history]
+    # In one order: a checkpoint gives back its entries sorted.
+    return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
 
 
 def last_checkpoint(directory: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
 from spinlm.config import PromptSection
 from spinlm.data.examples import Message
 from spinlm.data.pairs import Pair, PairBatch, collate_pairs, drop_identical
-from spinlm.data.render import Renderer
+from spinlm.data.render import Renderer, RenderError
 from spinlm.errors import UserError
 from spinlm.players.logprobs import response_logprobs, score_responses
 from spinlm.players.models import without_dropout
@@ -99,6 +100,7 @@ class SPINTrainer(Trainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            set_seed(args.seed)
             model = get_peft_model(model, peft_config)
         tokenizer_pad = getattr(processing_class, "pad_token_id", None)
         self._pad_id = next((token for token in (pad_id, tokenizer_pad) if token is not None), 0)
@@ -106,18 +108,21 @@ class SPINTrainer(Trainer):
         self._last_log = time.perf_counter()
         self._start_checked = False
         self.dropped_identical = 0
-        prepare = PairReader(model, processing_class, args.per_device_train_batch_size, self._pad_id)
-        train_pairs, self.dropped_identical = drop_identical(prepare(train_dataset))
-        eval_pairs = drop_identical(prepare(eval_dataset))[0] if eval_dataset is not None else None
         super().__init__(
             model=model,
             args=args,
             data_collator=lambda pairs: collate_pairs(pairs, self._pad_id),
-            train_dataset=train_pairs,
-            eval_dataset=eval_pairs,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
+        prepare = PairReader(model, processing_class, args.per_device_train_batch_size, self._pad_id)
+        with self.accelerator.autocast():  # the model is on its device now: score as training will
+            if train_dataset is not None:
+                self.train_dataset, self.dropped_identical = drop_identical(prepare(train_dataset))
+            if eval_dataset is not None:
+                self.eval_dataset = drop_identical(prepare(eval_dataset))[0]
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = True
 
@@ -237,9 +242,9 @@ class SPINTrainer(Trainer):
             if metrics:
                 metrics["tokens_per_second"] = metrics["tokens"] / (now - self._last_log)
             self._last_log = now
-            logs = {**logs, **metrics, "dropped_identical": self.dropped_identical}
-        elif "eval_loss" in logs:
-            logs = {**logs, **{f"eval_{name}": value for name, value in self._take_metrics("eval").items()}}
+            logs.update(metrics, dropped_identical=self.dropped_identical)
+        elif "eval_loss" in logs:  # in place: evaluate() returns them
+            logs.update({f"eval_{name}": value for name, value in self._take_metrics("eval").items()})
         super().log(logs, start_time)
 
 
@@ -254,26 +259,27 @@ class PairReader:
 
     def __call__(self, dataset: Any) -> list[Pair]:
         """Raises UserError, with the row's number, where a row can't be read."""
-        if dataset is None:
-            return []
         rows = list(dataset)
         pairs = [row if isinstance(row, Pair) else self._pair(row, number) for number, row in enumerate(rows)]
         unscored = [
-            place for place, pair in enumerate(pairs) if pair.opponent_real_logprob != pair.opponent_real_logprob
+            place
+            for place, pair in enumerate(pairs)
+            if math.isnan(pair.opponent_real_logprob) or math.isnan(pair.opponent_synthetic_logprob)
         ]
         for place, pair in zip(unscored, self._scored([pairs[i] for i in unscored]), strict=True):
             pairs[place] = pair
         return pairs
 
     def _pair(self, row: Mapping[str, Any], number: int) -> Pair:
-        nan = float("nan")
+        given = (row.get("opponent_real_logprob"), row.get("opponent_synthetic_logprob"))
+        real_logprob, synthetic_logprob = (math.nan if logprob is None else logprob for logprob in given)
         ids = row if "prompt_ids" in row else self._tokenized(row, number)
         return Pair(
             prompt_ids=list(ids["prompt_ids"]),
             real_ids=list(ids["real_ids"]),
             synthetic_ids=list(ids["synthetic_ids"]),
-            opponent_real_logprob=row.get("opponent_real_logprob", nan),
-            opponent_synthetic_logprob=row.get("opponent_synthetic_logprob", nan),
+            opponent_real_logprob=real_logprob,
+            opponent_synthetic_logprob=synthetic_logprob,
             synthetic_truncated=bool(row.get("synthetic_truncated", False)),
         )
 
@@ -288,11 +294,13 @@ class PairReader:
             raise UserError(f"row {number}: is text, so SPINTrainer needs processing_class, the tokenizer")
         prompt = row["prompt"]
         messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return {
-            "prompt_ids": self._renderer.prompt_ids(messages),
-            "real_ids": self._renderer.response_ids(messages, _words(real)),
-            "synthetic_ids": self._renderer.response_ids(messages, _words(synthetic)),
-        }
+        try:
+            prompt_ids = self._renderer.prompt_ids(messages)
+            real_ids = self._renderer.response_ids(messages, _words(real))
+            synthetic_ids = self._renderer.response_ids(messages, _words(synthetic))
+        except RenderError as error:
+            raise UserError(f"row {number}: {error}") from None
+        return {"prompt_ids": prompt_ids, "real_ids": real_ids, "synthetic_ids": synthetic_ids}
 
     def _scored(self, pairs: Sequence[Pair]) -> list[Pair]:
         responses = [(p.prompt_ids, p.real_ids) for p in pairs] + [(p.prompt_ids, p.synthetic_ids) for p in pairs]

@@ -1,0 +1,183 @@
+"""The report and the model card, with numbers worked out by hand and texts that would be something else in Markdown."""
+
+import io
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from spinlm.reporting.report import Report, Sample, model_card
+
+
+def measured(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high, "prompts": 10}
+
+
+MEASURES = {
+    "base": {"accuracy_sampled": measured(0.1, 0.0625, 0.2), "real_nll": measured(2.5, 2.0, 3.0)},
+    "iteration-0": {
+        "accuracy_sampled": measured(0.5, 0.3, 0.7),
+        "real_nll": measured(1.25, 1.0, 1.5),
+        "discriminability": measured(0.75, 0.5, 1.0),
+    },
+    "iteration-1": {"accuracy_sampled": measured(0.4004, 0.25, 0.55), "real_nll": measured(12.34, 9.96, 15.0)},
+}
+
+
+def report(**changes: Any) -> Report:
+    return Report(
+        **{
+            "title": "demo",
+            "measures": MEASURES,
+            "select_by": "accuracy_sampled",
+            "best": "iteration-0",
+            "samples": [],
+            **changes,
+        }
+    )
+
+
+def shown(thing: Any) -> str:
+    console = Console(file=io.StringIO(), width=160, force_terminal=False)
+    console.print(thing)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+class TestMarkdown:
+    def test_the_whole_page(self) -> None:
+        page = report(samples=[Sample("2+2?", "4", {"base": "5\n6", "iteration-0": "4"})]).markdown()
+        assert page == (
+            "# demo\n"
+            "\n"
+            "Best iteration: iteration-0, by accuracy_sampled: 0.500 [0.300, 0.700].\n"
+            "It is better than base (0.100 [0.062, 0.200]): the intervals are apart.\n"
+            "\n"
+            "## Held-out measures, with 95 % intervals\n"
+            "\n"
+            "| player | accuracy (sampled) | NLL of real / token | held-out reward accuracy |\n"
+            "| --- | --- | --- | --- |\n"
+            "| base | 0.100 [0.062, 0.200] | 2.50 [2.00, 3.00] | – |\n"
+            "| iteration-0 | 0.500 [0.300, 0.700] | 1.25 [1.00, 1.50] | 0.750 [0.500, 1.000] |\n"
+            "| iteration-1 | 0.400 [0.250, 0.550] | 12.3 [10.0, 15.0] | – |\n"
+            "\n"
+            "## Held-out prompt 1\n"
+            "\n"
+            "**prompt**\n\n```\n2+2?\n```\n\n"
+            "**real response**\n\n```\n4\n```\n\n"
+            "**base**\n\n```\n5\n6\n```\n\n"
+            "**iteration-0**\n\n```\n4\n```\n\n"
+        )
+
+    @pytest.mark.parametrize(
+        ("text", "fence"),
+        [
+            ("plain", "```"),
+            ("", "```"),
+            ("```python\nprint(1)\n```", "````"),
+            ("``` and `````", "``````"),
+            ("# heading\n| a | b |\n<script>alert(1)</script>\n[red]x[/red] **bold**", "```"),
+        ],
+    )
+    def test_texts_are_shown_as_they_are(self, text: str, fence: str) -> None:
+        page = report(samples=[Sample(text, text, {"base": text})]).markdown()
+        assert page.count(f"\n{fence}\n{text}\n{fence}\n") == 3
+        assert fence not in text
+
+    def test_nothing_held_out(self) -> None:
+        page = report(measures={}, best=None).markdown()
+        assert "Nothing was held out, so nothing was measured: the latest iteration is also called the best." in page
+
+
+class TestVerdict:
+    @pytest.mark.parametrize(
+        ("base", "higher_is_better", "words"),
+        [
+            (measured(0.1, 0.05, 0.2), True, "better than base (0.100 [0.050, 0.200]): the intervals are apart."),
+            (measured(0.9, 0.8, 1.0), True, "worse than base (0.900 [0.800, 1.000]): the intervals are apart."),
+            (measured(0.9, 0.8, 1.0), False, "better than base (0.900 [0.800, 1.000]): the intervals are apart."),
+            (measured(0.1, 0.05, 0.2), False, "worse than base (0.100 [0.050, 0.200]): the intervals are apart."),
+            (
+                measured(0.4, 0.2, 0.6),
+                True,
+                "better than base (0.400 [0.200, 0.600]): the intervals overlap, so this may be noise.",
+            ),
+            (
+                measured(0.2, 0.1, 0.3),
+                True,
+                "better than base (0.200 [0.100, 0.300]): the intervals overlap, so this may be noise.",
+            ),
+            (measured(0.5, 0.1, 0.2), True, "equal to base."),
+        ],
+    )
+    def test_the_best_against_where_it_started(
+        self, base: dict[str, float], higher_is_better: bool, words: str
+    ) -> None:
+        measures = MEASURES | {"base": {"accuracy_sampled": base}}
+        assert report(measures=measures, higher_is_better=higher_is_better).verdict().splitlines() == [
+            "Best iteration: iteration-0, by accuracy_sampled: 0.500 [0.300, 0.700].",
+            f"It is {words}",
+        ]
+
+    def test_every_other_player_but_the_iterations(self) -> None:
+        measures = {**MEASURES, "sft": MEASURES["base"], "control": MEASURES["iteration-1"]}
+        lines = report(measures=measures, select_by="real_nll", higher_is_better=False).verdict().splitlines()
+        assert lines == [
+            "Best iteration: iteration-0, by real_nll: 1.25 [1.00, 1.50].",
+            "It is better than base (2.50 [2.00, 3.00]): the intervals are apart.",
+            "It is better than sft (2.50 [2.00, 3.00]): the intervals are apart.",
+            "It is better than control (12.3 [10.0, 15.0]): the intervals are apart.",
+        ]
+
+
+def test_the_table_marks_the_best() -> None:
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown(report().table()).splitlines()]
+    assert [cells for cells in lines if cells] == [
+        ["base", "0.100 [0.062, 0.200]", "2.50 [2.00, 3.00]", "–"],
+        ["iteration-0 *", "0.500 [0.300, 0.700]", "1.25 [1.00, 1.50]", "0.750 [0.500, 1.000]"],
+        ["iteration-1", "0.400 [0.250, 0.550]", "12.3 [10.0, 15.0]", "–"],
+    ]
+
+
+def test_the_tables_title_is_shown_as_it_is() -> None:
+    assert "my[red]run: held-out measures" in shown(report(title="my[red]run").table())
+
+
+def card(base: str = "org/base", merged: bool = False) -> str:
+    recipe = {
+        "training": {"loss": "hinge", "beta": [0.1, 5.0], "learning_rate": 5e-7},
+        "seed": 3,
+        "data": {"source": "d"},
+    }
+    written = {"recipe": recipe, "versions": {"spinlm": "9.9"}, "measures": MEASURES["iteration-0"] | {"other": {}}}
+    return model_card("iteration-0", written, base, merged)
+
+
+class TestModelCard:
+    @pytest.mark.parametrize(
+        ("merged", "library", "kind"), [(False, "peft", "adapter"), (True, "transformers", "merged model")]
+    )
+    def test_what_it_is(self, merged: bool, library: str, kind: str) -> None:
+        _, front, text = card(merged=merged).split("---\n", 2)
+        assert yaml.safe_load(front) == {
+            "base_model": "org/base",
+            "library_name": library,
+            "tags": ["spin", "self-play", "spinlm"],
+        }
+        assert f"\n# iteration-0\n\nA {kind} trained from `org/base` by SPIN" in text
+        assert "with spinlm 9.9." in text
+
+    def test_how_it_was_made_and_what_it_measures(self) -> None:
+        assert "Dataset: `d`. Loss: hinge, beta [0.1, 5.0], learning rate 5e-07, seed 3." in card()
+        assert (
+            "| measure | value |\n"
+            "| --- | --- |\n"
+            "| accuracy (sampled) | 0.500 [0.300, 0.700] |\n"
+            "| NLL of real / token | 1.25 [1.00, 1.50] |\n"
+            "| held-out reward accuracy | 0.750 [0.500, 1.000] |\n"
+            "\n"
+        ) in card()
+
+    @pytest.mark.parametrize("base", ["models/a: b", "@models/a", "models/a #2"])
+    def test_a_base_with_a_name_that_is_not_plain_yaml(self, base: str) -> None:
+        assert yaml.safe_load(card(base).split("---\n")[1])["base_model"] == base
