@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tiny
+from integration import command
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +23,60 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     return tiny.write_dataset(tmp_path / "data.jsonl")
+
+
+def _place(directory: Path, model: Path) -> Path:
+    """A directory with a model, a dataset and a recipe in it, as somebody would start from."""
+    directory.mkdir(exist_ok=True)
+    shutil.copytree(model, directory / "model")
+    tiny.write_dataset(directory / "data.jsonl", rows=command.ROWS)
+    command.write_recipe(directory / "recipe.yaml")
+    return directory
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_llama: Path) -> Path:
+    """Where nothing has run yet."""
+    return _place(tmp_path / "place", tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """Where the recipe with SFT, two iterations and the control has run to its end; only to be read."""
+    directory = _place(tmp_path_factory.mktemp("finished"), tiny_llama)
+    command.succeeded(command.spinlm_process("run", "recipe.yaml", "evaluation.control=true", cwd=directory))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def finished_full(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The same in full fine-tuning, without the control; only to be read."""
+    directory = _place(tmp_path_factory.mktemp("finished-full"), tiny_llama)
+    command.write_recipe(directory / "recipe.yaml", {"adapter": None})
+    command.succeeded(command.spinlm("run", "recipe.yaml", cwd=directory))
+    return directory
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """The finished run, to be changed."""
+    shutil.copytree(finished, tmp_path / "copied", symlinks=True)
+    return tmp_path / "copied"
+
+
+@pytest.fixture(scope="session")
+def resumed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """The run of `finished`, killed in every stage on its way; only to be read."""
+    directory = _place(tmp_path_factory.mktemp("resumed"), tiny_llama)
+    arguments = ("run", "recipe.yaml", "evaluation.control=true")
+    command.killed_at(*command.KILLED_IN_EVERY_STAGE, None, arguments=arguments, cwd=directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def without_sft(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """Where self-play has started from the base model itself; only to be read."""
+    directory = _place(tmp_path_factory.mktemp("without-sft"), tiny_llama)
+    command.write_recipe(directory / "recipe.yaml", {"sft": None, "iterations": 1})
+    command.succeeded(command.spinlm("run", "recipe.yaml", cwd=directory))
+    return directory

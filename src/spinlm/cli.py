@@ -219,5 +219,6 @@ def _is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     text = str(error)
-    written_by_library = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text
-    return "No space left on device" in text or (written_by_library and "write" in text)
+    by_safetensors = type(error).__name__ == "SafetensorError" and "write" in text
+    by_torch = any(words in text for words in ("PytorchStreamWriter", "iostream error", "unexpected pos"))
+    return "No space left on device" in text or by_safetensors or by_torch

@@ -6,14 +6,16 @@ the nearest known one, so that a misspelt setting can't be ignored in silence.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from spinlm.errors import UserError
 
@@ -158,6 +160,7 @@ class GenerationSection(Section):
         max_new_tokens: A response is cut there, and gets no end-of-sequence token.
         batch_size: Responses decoded together.
         shard_size: Prompts in one committed file: what an interruption can lose.
+        max_prompts: Answer this many of the training prompts at most, the first ones.
     """
 
     engine: Literal["transformers"] = "transformers"
@@ -168,6 +171,7 @@ class GenerationSection(Section):
     max_new_tokens: int = Field(256, ge=1)
     batch_size: int = Field(32, ge=1)
     shard_size: int = Field(128, ge=1)
+    max_prompts: int | None = Field(None, ge=1)
 
 
 class TrainerSection(Section):
@@ -232,12 +236,17 @@ class TrainerSection(Section):
 
     @model_validator(mode="after")
     def _names_of_training_arguments(self) -> TrainerSection:
-        for name in self.model_extra or {}:
+        for name, value in (self.model_extra or {}).items():
             if name in self.DECIDED_BY_THE_RUN:
                 raise ValueError(f"{name} is decided by the run, take it out")
-            known = _training_arguments() | set(type(self).model_fields)
-            if name not in known:
+            types = _training_arguments()
+            if name not in types:
+                known = types.keys() | type(self).model_fields.keys()
                 raise ValueError(f"unknown key {name!r}{_nearest(name, known - self.DECIDED_BY_THE_RUN)}")
+            try:
+                TypeAdapter(types[name]).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
         if self.save_steps % self.logging_steps:
             raise ValueError("save_steps must be a multiple of logging_steps, so that a resumed run logs the same")
         return self
@@ -492,10 +501,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else "; known keys: " + ", ".join(sorted(known))
 
 
-def _training_arguments() -> set[str]:
-    """The names of the Trainer's own settings; imports torch, so only where such a name is given."""
-    import dataclasses
-
+def _training_arguments() -> dict[str, Any]:
+    """The Trainer's own settings and their types; imports torch, so only where one of them is given."""
     from transformers import TrainingArguments
 
-    return {field.name for field in dataclasses.fields(TrainingArguments)}
+    types = typing.get_type_hints(TrainingArguments)
+    return {field.name: types[field.name] for field in dataclasses.fields(TrainingArguments)}

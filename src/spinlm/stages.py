@@ -14,6 +14,7 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from spinlm.config import Recipe, SFTSection, TrainingSection, at
 from spinlm.data.examples import Dropped
@@ -81,6 +82,7 @@ class Stages:
         self.processes = PartialState()
         self.players = Players(recipe.model, recipe.adapter, bf16=bool(_extra(recipe.training, "bf16")))
         self._weights_kind = "adapter" if recipe.adapter is not None else "model"
+        self._check_trainer_settings()
 
     # --- data ---
 
@@ -108,6 +110,11 @@ class Stages:
         self._say_data(split)
         self._data_hash = artifact.hash
         return split
+
+    @property
+    def played(self) -> list[TokenizedExample]:
+        """The training examples whose prompts the opponents answer."""
+        return self.data.train[: self.recipe.generation.max_prompts]
 
     def _prepare_data(self) -> Split:
         section, config = self.recipe.data, self.players.config
@@ -145,7 +152,7 @@ class Stages:
 
     def is_generated(self, iteration: int) -> bool:
         """Whether every shard of an iteration's responses is committed."""
-        count = -(-len(self.data.train) // self.recipe.generation.shard_size)
+        count = -(-len(self.played) // self.recipe.generation.shard_size)
         folder = f"iterations/{iteration}/synthetic"
         return all(self.run.has_record(f"{folder}/{number:05d}.jsonl") for number in range(count))
 
@@ -185,13 +192,13 @@ class Stages:
         k = self.recipe.generation.responses_per_prompt
         sampling = Sampling.of(self.recipe.generation)
         folder = f"iterations/{iteration}/synthetic"
-        return self._answers(folder, f"iteration {iteration}: generate", opponent, self.data.train, sampling, k)
+        return self._answers(folder, f"iteration {iteration}: generate", opponent, self.played, sampling, k)
 
     def score(self, iteration: int, opponent: Player, synthetic: Mapping[int, Answers]) -> list[Pair]:
         """The opponent's log-probs of the real responses and of this and the replayed iterations' synthetic ones."""
         folder = f"iterations/{iteration}/opponent_logprobs"
         others = {str(source): synthetic[source] for source in sorted(synthetic, reverse=True)}
-        scores = self._scores(folder, f"iteration {iteration}: score", opponent, self.data.train, others)
+        scores = self._scores(folder, f"iteration {iteration}: score", opponent, self.played, others)
         return [
             Pair(
                 prompt_ids=example.prompt_ids,
@@ -202,7 +209,7 @@ class Stages:
                 synthetic_truncated=response.finish_reason == "length",
             )
             for source, answers in others.items()
-            for place, example in enumerate(self.data.train)
+            for place, example in enumerate(self.played)
             for response, logprob in zip(answers[place], scores.others[source][place], strict=True)
         ]
 
@@ -269,7 +276,7 @@ class Stages:
             greedy = self._answers(f"{folder}/greedy", f"{title} (greedy)", player, held_out, sampling, 1)
         others = {} if opponent is None else {"opponent": opponent.sampled}
         scores = self._scores(f"{folder}/logprobs", f"{title} (log-probs)", player, held_out, {"own": sampled} | others)
-        margins = None if opponent is None else _margins(scores, opponent.scores, beta)
+        margins = None if opponent is None else _margins(held_out, opponent, scores, beta)
         artifact = self.run.artifact(
             f"{folder}/measures.json",
             "evaluate",
@@ -460,6 +467,18 @@ class Stages:
             }
         )
 
+    def _check_trainer_settings(self) -> None:
+        """Refuse now what transformers' Trainer would refuse when much is done already."""
+        for name, section in (("sft", self.recipe.sft), ("training", self.recipe.training)):
+            if section is not None:
+                try:
+                    args = self._training_arguments(
+                        TrainingArguments, section, name, self.run.path, learning_rate=1.0, num_train_epochs=1.0
+                    )
+                    get_reporting_integration_callbacks(args.report_to)
+                except (ValueError, TypeError, ImportError, RuntimeError) as error:
+                    raise UserError(f"{name}: transformers' Trainer refuses these settings: {error}") from None
+
     def _seed(self, folder: str) -> int:
         """Of one training: of its adapter, its order of pairs, its dropout."""
         return request_seed(self.recipe.seed, folder) % 2**31
@@ -530,15 +549,23 @@ def _hash_of(value: Any) -> str:
     return digest(json.loads(json.dumps(value, default=asdict)))
 
 
-def _margins(main: Scores, opponent: Scores, beta: float) -> list[list[float]]:
-    """Held-out margins of each real response against the opponent's fresh ones."""
-    return [
-        [
-            beta * ((main.real[i] - opponent.real[i]) - (mine - theirs))
-            for mine, theirs in zip(of_main, of_opponent, strict=True)
-        ]
-        for i, (of_main, of_opponent) in enumerate(zip(main.others["opponent"], opponent.others["own"], strict=True))
-    ]
+def _margins(
+    examples: Sequence[TokenizedExample], opponent: Evaluation, scores: Scores, beta: float
+) -> list[list[float]]:
+    """A main player's held-out margins of each real response against those fresh ones of its opponent that differ."""
+    margins = []
+    for place, example in enumerate(examples):
+        real_logratio = scores.real[place] - opponent.scores.real[place]
+        responses = opponent.sampled[place]
+        logprobs = zip(scores.others["opponent"][place], opponent.scores.others["own"][place], strict=True)
+        margins.append(
+            [
+                beta * (real_logratio - (mine - theirs))
+                for response, (mine, theirs) in zip(responses, logprobs, strict=True)
+                if response.token_ids != example.real_ids
+            ]
+        )
+    return margins
 
 
 def _held_out_answers(

@@ -193,9 +193,15 @@ class TestTrainersOwnSettings:
             assert not section.arguments().keys() & {"beta", "loss", "replay"}
 
     def test_transformers_knows_all_that_it_is_given(self) -> None:
-        names = config._training_arguments()
-        assert set(recipe().training.arguments()) <= names
-        assert set(SFTSection().arguments()) <= names
+        names = config._training_arguments().keys()
+        assert recipe().training.arguments().keys() <= names
+        assert SFTSection().arguments().keys() <= names
+
+    def test_their_types_are_theirs_too(self) -> None:
+        assert refusal(training={"bf16": "yes please"}) == [
+            "training: bf16: Input should be a valid boolean, got 'yes please'"
+        ]
+        assert recipe(training={"dataloader_num_workers": 2}).training.arguments()["dataloader_num_workers"] == 2
 
     @pytest.mark.parametrize("name", sorted(TrainerSection.DECIDED_BY_THE_RUN))
     def test_what_the_run_decides_is_refused(self, name: str) -> None:

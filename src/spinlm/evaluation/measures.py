@@ -57,7 +57,7 @@ def measure(answers: Sequence[HeldOutAnswer], margins: Sequence[Sequence[float]]
     Args:
         answers: One for each held-out example.
         margins: For a main player: for each example, the margins of the real response against each fresh
-            response of its opponent.
+            response of its opponent that differs from it.
 
     Returns:
         Nothing at all where nothing was held out.
@@ -66,7 +66,7 @@ def measure(answers: Sequence[HeldOutAnswer], margins: Sequence[Sequence[float]]
         return {}
     measured = {
         "real_nll": ratio([-a.real_logprob for a in answers], [a.real_tokens for a in answers]),
-        "truncation_rate": mean([_mean(a.sampled_truncated) for a in answers]),
+        "truncation_rate": share([_mean(a.sampled_truncated) for a in answers]),
         "repetition_rate": mean([_mean([repetition(ids) for ids in a.sampled]) for a in answers]),
         "length_sampled": mean([_mean([len(ids) for ids in a.sampled]) for a in answers]),
         "length_real": mean([float(a.real_tokens) for a in answers]),
@@ -74,14 +74,13 @@ def measure(answers: Sequence[HeldOutAnswer], margins: Sequence[Sequence[float]]
     sampled = [_mean(a.sampled_correct) for a in answers if a.sampled_correct is not None]
     greedy = [float(a.greedy_correct) for a in answers if a.greedy_correct is not None]
     if sampled:
-        measured["accuracy_sampled"] = mean(sampled)
+        measured["accuracy_sampled"] = share(sampled)
     if greedy:
-        measured["accuracy_greedy"] = mean(greedy)
-    if margins is not None:
-        measured["discriminability"] = mean(
-            [_mean([m > 0 for m in of_example]) for of_example in margins if of_example]
-        )
-        measured["margin"] = mean([_mean(of_example) for of_example in margins if of_example])
+        measured["accuracy_greedy"] = share(greedy)
+    told_apart = [of_example for of_example in margins or [] if of_example]
+    if told_apart:
+        measured["discriminability"] = share([_mean([m > 0 for m in of_example]) for of_example in told_apart])
+        measured["margin"] = mean([_mean(of_example) for of_example in told_apart])
     return measured
 
 
@@ -92,11 +91,16 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
 
 
 def mean(values: Sequence[float]) -> Measured:
-    """The mean over prompts: with Wilson's interval for shares of yes and no, else by bootstrap."""
+    """The mean over prompts, with its interval by bootstrap."""
+    return ratio(values, [1.0] * len(values))
+
+
+def share(values: Sequence[float]) -> Measured:
+    """The mean of shares: with Wilson's interval where each prompt says yes or no, else by bootstrap."""
     array = np.asarray(values, dtype=float)
     if len(array) and np.isin(array, (0.0, 1.0)).all():
         return Measured(float(array.mean()), *wilson(float(array.mean()), len(array)), len(array))
-    return ratio(values, [1.0] * len(values))
+    return mean(values)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Measured:

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.errors import UserError
@@ -204,6 +206,7 @@ class Players:
         return section.name, arguments
 
     def _load_base(self, path: Path | None) -> Any:
+        unset_hf_deepspeed_config()  # always loaded whole: ZeRO shards it when a trainer takes it
         name, arguments = self._source() if path is None else (str(path), {})
         if self._section.attn_implementation is not None:
             arguments["attn_implementation"] = self._section.attn_implementation
@@ -213,7 +216,7 @@ class Players:
             )
         try:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=self._dtype(), **arguments)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model.name: {name} can't be loaded: {_first_line(error)}") from None
         if not self._section.load_in_4bit:
             model = model.to(self.device)

@@ -79,6 +79,8 @@ def status(run: RunDir) -> list[StageStatus]:
 
 def _shards(run: RunDir, part: str, recipe: Recipe) -> int:
     examples = len(read_jsonl(run.path / "data" / f"{part}.jsonl"))
+    if part == "train" and recipe.generation.max_prompts is not None:
+        examples = min(examples, recipe.generation.max_prompts)
     return -(-examples // recipe.generation.shard_size)
 
 

@@ -64,8 +64,9 @@ class SPINTrainer(Trainer):
     The dataset's rows are `Pair`s, or mappings with `prompt`, `real` and `synthetic` (or TRL's `chosen`
     and `rejected`), each a string or a list of messages, or the same as token ids: `prompt_ids`,
     `real_ids`, `synthetic_ids`. Where a row brings no `opponent_real_logprob` and
-    `opponent_synthetic_logprob`, the model as it is at construction is the opponent. Pairs of identical
-    responses are dropped and counted.
+    `opponent_synthetic_logprob`, the model as it is at construction is the opponent. `synthetic_truncated`
+    says that the synthetic response was cut at the token cap: as text it then gets no end-of-turn token.
+    Pairs of identical responses are dropped and counted.
 
     Attributes:
         dropped_identical: How many pairs were.
@@ -300,6 +301,8 @@ class PairReader:
             synthetic_ids = self._renderer.response_ids(messages, _words(synthetic))
         except RenderError as error:
             raise UserError(f"row {number}: {error}") from None
+        if row.get("synthetic_truncated"):
+            synthetic_ids.pop()  # the end-of-turn token, which it never reached
         return {"prompt_ids": prompt_ids, "real_ids": real_ids, "synthetic_ids": synthetic_ids}
 
     def _scored(self, pairs: Sequence[Pair]) -> list[Pair]:

@@ -1,0 +1,141 @@
+"""Who holds a run directory, which recipe it belongs to, and what another run may take over from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.command import KILL_AT, contents, differing, refused, rows, spinlm, succeeded
+from spinlm.rundir import RunDir
+
+RUN = ("run", "recipe.yaml", "evaluation.control=true")
+
+
+def _waiting(place: Path) -> subprocess.Popen[str]:
+    """The command as a process that has stopped between two shards, and goes on at a line on its input."""
+    where = {"call": "spinlm.rundir:Artifact._commit", "matching": "iterations/0/synthetic/00001", "moment": "wait"}
+    process = subprocess.Popen(
+        [sys.executable, str(KILL_AT), json.dumps([where]), *RUN],
+        cwd=place,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any(line == "waiting\n" for line in process.stdout)
+    return process
+
+
+@pytest.fixture
+def first(place: Path) -> Iterator[subprocess.Popen[str]]:
+    process = _waiting(place)
+    yield process
+    if process.poll() is None:
+        process.communicate("\n")
+
+
+def test_one_process_at_a_time(place: Path, finished: Path, first: subprocess.Popen[str]) -> None:
+    before = contents(place / "runs/recipe", without=())
+    holder = re.fullmatch(r"pid (\d+) on .+\n", str((place / "runs/recipe/lock").read_text()))
+    assert holder is not None
+    refused(spinlm(*RUN, cwd=place), "runs/recipe", f"pid {holder[1]}", "another process")
+    refused(spinlm("generate", *RUN[1:], cwd=place), f"pid {holder[1]}")
+    assert contents(place / "runs/recipe", without=()) == before
+    assert "1 of 3" in succeeded(spinlm("status", "runs/recipe", cwd=place)).out
+
+    out, _ = first.communicate("\n")
+    assert json.loads(out.splitlines()[-1]) == [0]
+    assert differing(finished / "runs/recipe", place / "runs/recipe") == []
+
+
+def test_a_killed_process_holds_nothing(place: Path, first: subprocess.Popen[str]) -> None:
+    holder = int((place / "runs/recipe/lock").read_text().split()[1])
+    os.kill(holder, signal.SIGKILL)
+    assert json.loads(first.communicate("")[0].splitlines()[-1]) == [-signal.SIGKILL]
+    succeeded(spinlm("generate", *RUN[1:], "--iteration", "0", cwd=place))
+
+
+def test_a_changed_recipe_is_refused(copied: Path) -> None:
+    before = contents(copied / "runs/recipe", without=())
+    changes = ("training.beta=0.2", "seed=1", "training.weight_decay=0.1")
+    message = refused(spinlm(*RUN, *changes, cwd=copied), "--fork")
+    assert [line.strip() for line in message.splitlines() if "->" in line and line.startswith("  ")] == [
+        "seed: 0 -> 1",
+        "training.beta: 0.1 -> 0.2",
+        "training.weight_decay: 0.0 -> 0.1",
+    ]
+    for stage in ("generate", "train", "evaluate"):
+        refused(spinlm(stage, *RUN[1:], "training.beta=0.2", cwd=copied), "training.beta: 0.1 -> 0.2")
+    assert contents(copied / "runs/recipe", without=()) == before
+
+
+def test_a_directory_of_something_else_is_refused(place: Path) -> None:
+    (place / "runs/recipe").mkdir(parents=True)
+    (place / "runs/recipe/thesis.tex").write_text("keep")
+    refused(spinlm(*RUN, cwd=place), "runs/recipe", "holds files but no run")
+    assert contents(place / "runs/recipe") == {"thesis.tex": b"keep"}
+
+
+def _records(run: Path) -> dict[str, dict[str, Any]]:
+    return {record["key"]: record for record in RunDir(run).records()}
+
+
+def _same(one: Path, other: Path, part: Callable[[dict[str, Any]], Any]) -> set[str]:
+    mine, theirs = _records(one), _records(other)
+    return {key for key in mine.keys() & theirs.keys() if part(mine[key]) == part(theirs[key])}
+
+
+def test_a_fork_takes_over_what_still_holds(copied: Path) -> None:
+    old, new = copied / "runs/recipe", copied / "runs/new"
+    before = contents(old, without=())
+    succeeded(spinlm(*RUN, "training.beta=0.2", "--fork", "runs/new", cwd=copied))
+    assert contents(old, without=()) == before
+
+    untouched_by_beta = ("data", "sft/", "iterations/0/synthetic/", "iterations/0/opponent_logprobs/", "control/")
+    untouched_by_beta += tuple(f"evaluation/{player}/" for player in ("base", "sft", "control"))
+    expected = {key for key in _records(old) if key.startswith(untouched_by_beta)}
+    assert _records(new).keys() == _records(old).keys()
+    assert _same(old, new, lambda record: record["inputs"]) == expected
+    assert expected <= _same(old, new, lambda record: record["hash"])
+    for weights in ("iterations/0/adapter", "iterations/1/adapter"):
+        assert _records(new)[weights]["hash"] != _records(old)[weights]["hash"]
+    made = {row["what"] for row in rows(new / "timings.jsonl")}
+    assert not [what for what in made if what.startswith(untouched_by_beta)]
+    assert {"iterations/0", "iterations/1/synthetic", "evaluation/iteration-1/sampled"} <= made
+    assert json.loads((new / "run.json").read_text())["forked_from"] == str(old)
+
+    again = contents(new, without=())
+    succeeded(spinlm("run", "recipe.yaml", *RUN[2:], "training.beta=0.2", "run_dir=runs/new", cwd=copied))
+    assert contents(new, without=()) == again
+
+
+def test_a_fork_is_what_a_new_run_would_be(copied: Path) -> None:
+    succeeded(spinlm(*RUN, "training.replay=0", "--fork", "runs/fork", cwd=copied))
+    succeeded(spinlm(*RUN, "training.replay=0", "run_dir=runs/anew", cwd=copied))
+    assert differing(copied / "runs/fork", copied / "runs/anew") == ["report.md", "run.json"]
+
+
+def test_a_fork_with_another_seed_takes_over_nothing_random(place: Path) -> None:
+    """Not even where the data are the same whatever the seed, since nothing is held out."""
+    arguments = ("run", "recipe.yaml", "data.held_out=0", "iterations=1")
+    succeeded(spinlm(*arguments, cwd=place))
+    succeeded(spinlm(*arguments, "seed=1", "--fork", "runs/new", cwd=place))
+    old, new = place / "runs/recipe", place / "runs/new"
+    assert "data" in _same(old, new, lambda record: record["hash"])
+    not_random = {f"evaluation/{player}/measures.json" for player in ("base", "sft", "iteration-0")}  # of nothing
+    assert _same(old, new, lambda record: record["hash"]) == {"data"} | not_random
+    assert _same(old, new, lambda record: record["inputs"]) <= not_random
+
+
+def test_a_fork_of_nothing(place: Path) -> None:
+    refused(spinlm(*RUN, "--fork", "runs/new", cwd=place), "runs/recipe", "not a run directory")
+    assert not (place / "runs").exists()
