@@ -24,7 +24,7 @@ from spinlm.evaluation.measures import (
 
 
 @pytest.mark.parametrize(
-    ("share", "count", "low", "high"),
+    ("value", "count", "low", "high"),
     [
         (0.5, 100, 0.403832, 0.596168),  # the textbook's
         (0.0, 10, 0.0, 0.277533),  # z² / (n + z²)
@@ -33,8 +33,8 @@ from spinlm.evaluation.measures import (
         (1.0, 1, 0.206549, 1.0),  # 1 / (1 + z²)
     ],
 )
-def test_wilson_by_hand(share: float, count: int, low: float, high: float) -> None:
-    assert wilson(share, count) == pytest.approx((low, high), abs=2e-6)
+def test_wilson_by_hand(value: float, count: int, low: float, high: float) -> None:
+    assert wilson(value, count) == pytest.approx((low, high), abs=2e-6)
 
 
 def test_wilson_is_where_the_score_test_is_at_its_limit() -> None:
@@ -45,7 +45,7 @@ def test_wilson_is_where_the_score_test_is_at_its_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "n", "share"),
+    ("ids", "n", "expected"),
     [
         ([1, 2, 3, 4, 5, 6], 4, 0.0),
         ([1, 1, 1, 1, 1, 1], 4, 2 / 3),  # three 4-grams, one kind
@@ -56,8 +56,8 @@ def test_wilson_is_where_the_score_test_is_at_its_limit() -> None:
         ([], 4, 0.0),
     ],
 )
-def test_repetition_by_hand(ids: list[int], n: int, share: float) -> None:
-    assert repetition(ids, n) == pytest.approx(share)
+def test_repetition_by_hand(ids: list[int], n: int, expected: float) -> None:
+    assert repetition(ids, n) == pytest.approx(expected)
 
 
 def test_share_of_yes_and_no_has_wilsons_interval() -> None:
@@ -136,6 +136,15 @@ def test_examples_without_margins_do_not_count() -> None:
     measured = measure(_answers(), margins=[[], [2.0, 4.0]])
     assert (measured["discriminability"].value, measured["discriminability"].prompts) == (1.0, 1)
     assert (measured["margin"].value, measured["margin"].prompts) == (3.0, 1)
+
+
+@pytest.mark.parametrize("margins", [None, [], [[], []]])
+def test_no_margins_no_discriminability(margins: list[list[float]] | None) -> None:
+    assert {"discriminability", "margin"}.isdisjoint(measure(_answers(), margins))
+
+
+def test_a_mean_of_ones_and_zeros_that_are_no_yes_and_no_has_the_bootstraps_interval() -> None:
+    assert (mean([1.0, 1.0, 1.0]).low, share([1.0, 1.0, 1.0]).low) == (1.0, wilson(1.0, 3)[0])
 
 
 def test_no_verifier_no_accuracy_and_nothing_held_out_no_measures() -> None:
