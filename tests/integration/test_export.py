@@ -57,7 +57,7 @@ def test_loads_as_the_player(
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nbase_model: ")
     assert "2401.01335" in card
-    assert "NLL of real / token" in card
+    assert "real NLL a token" in card
 
 
 def test_a_whole_model(finished_full: Path, tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def _tokenize(example: Example, renderer: Renderer, section: DataSection) -> Tok
         real_ids = renderer.response_ids(example.messages, example.response)
     except RenderError as error:
         return Dropped(example.id, str(error))
+    if not prompt_ids:
+        return Dropped(example.id, "empty prompt")
     prompt_limit = min(section.max_prompt_tokens, section.max_length - len(real_ids))
     if prompt_limit < 1:
         return Dropped(example.id, "response over data.max_length")

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from spinlm.data.render import Renderer
 from spinlm.generation.engine import OnProgress, Request, Response, Sampling
+from spinlm.players.logprobs import widest_float
 
 
 class TransformersEngine:
@@ -86,7 +87,8 @@ class SeededSampler(LogitsProcessor):  # type: ignore[no-untyped-call]
         self._step = 0
         self._uniforms = torch.empty(0)
         if sampling.temperature > 0:
-            self._uniforms = torch.stack([_uniforms(seed, sampling.max_new_tokens) for seed in seeds]).to(device)
+            self._uniforms = torch.stack([_uniforms(seed, sampling.max_new_tokens) for seed in seeds])
+            self._uniforms = self._uniforms.to(device, widest_float(device))
         self._warpers = LogitsProcessorList()
         if sampling.top_k > 0:
             self._warpers.append(TopKLogitsWarper(top_k=sampling.top_k))
@@ -111,7 +113,7 @@ class SeededSampler(LogitsProcessor):  # type: ignore[no-untyped-call]
         if self._sampling.temperature == 0:
             return logprobs.argmax(dim=-1)
         warped = self._warpers(input_ids, logprobs / self._sampling.temperature)
-        cumulative = torch.softmax(warped, dim=-1).double().cumsum(dim=-1)
+        cumulative = torch.softmax(warped, dim=-1).to(self._uniforms.dtype).cumsum(dim=-1)
         targets = self._uniforms[:, self._step, None] * cumulative[:, -1:]
         return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)
 

@@ -12,6 +12,11 @@ from torch import Tensor
 from spinlm.data.pairs import ResponseBatch, collate_responses
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, but on Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def response_logprobs(model: Any, batch: ResponseBatch) -> Tensor:
     """The log-prob of each response: the sum over its tokens, end-of-turn included, in float32, [N].
 

@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 COLUMNS = {
-    "accuracy_sampled": "accuracy (sampled)",
-    "accuracy_greedy": "accuracy (greedy)",
-    "real_nll": "NLL of real / token",
+    "accuracy_sampled": "accuracy, sampled",
+    "accuracy_greedy": "accuracy, greedy",
+    "real_nll": "real NLL a token",
     "truncation_rate": "cut at the cap",
     "repetition_rate": "repeated 4-grams",
-    "length_sampled": "tokens a response",
-    "discriminability": "held-out reward accuracy",
+    "length_sampled": "response tokens",
+    "discriminability": "reward accuracy",
 }
 """The measures shown, in order, and their headings."""
 
@@ -52,15 +53,14 @@ class Report:
     higher_is_better: bool = True
 
     def table(self) -> Table:
-        """For the terminal."""
-        table = Table(title=f"{escape(self.title)}: held-out measures, with 95 % intervals")
-        table.add_column("player", no_wrap=True)
-        shown = self._shown()
-        for name in shown:
-            table.add_column(COLUMNS[name], justify="right")
+        """For the terminal: a column for each player, the best in bold; five of them fit 80 characters."""
+        table = Table(title=f"{escape(self.title)}: held-out measures, with 95 % intervals", box=SIMPLE_HEAD, padding=0)
+        table.add_column("", no_wrap=True)
         for player in self.measures:
-            marked = f"{player} *" if player == self.best else player
-            table.add_row(marked, *(self._cell(player, name) for name in shown))
+            style = "bold" if player == self.best else ""
+            table.add_column(player, justify="right", no_wrap=True, style=style, header_style=style)
+        for name in self._shown():
+            table.add_row(COLUMNS[name], *(_on_two_lines(self.measures[player].get(name)) for player in self.measures))
         return table
 
     def markdown(self) -> str:
@@ -103,6 +103,13 @@ class Report:
     def _cell(self, player: str, name: str) -> str:
         measured = self.measures[player].get(name)
         return _with_interval(measured) if measured else "–"
+
+
+def _on_two_lines(measured: Mapping[str, float] | None) -> str:
+    if measured is None:
+        return "–"
+    low, high = (f"{end:.2f}" if abs(end) < 1 else f"{end:.2g}" for end in (measured["low"], measured["high"]))
+    return f"{measured['value']:.3g}\n{low}–{high}"
 
 
 def _with_interval(measured: Mapping[str, float]) -> str:

@@ -111,7 +111,7 @@ class _StopAtNonFinite(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "margin"):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
                 checkpoint = last_checkpoint(self._directory)

@@ -17,7 +17,7 @@ from spinlm.data.examples import Message
 from spinlm.data.pairs import Pair, PairBatch, collate_pairs, drop_identical
 from spinlm.data.render import Renderer, RenderError
 from spinlm.errors import UserError
-from spinlm.players.logprobs import response_logprobs, score_responses
+from spinlm.players.logprobs import response_logprobs, score_responses, widest_float
 from spinlm.players.models import without_dropout
 from spinlm.training.losses import LOSSES, spin_margin
 
@@ -122,6 +122,8 @@ class SPINTrainer(Trainer):
         with self.accelerator.autocast():  # the model is on its device now: score as training will
             if train_dataset is not None:
                 self.train_dataset, self.dropped_identical = drop_identical(prepare(train_dataset))
+                if not self.train_dataset:
+                    raise UserError("train_dataset: no pair whose responses differ, so there is nothing to learn")
             if eval_dataset is not None:
                 self.eval_dataset = drop_identical(prepare(eval_dataset))[0]
         self.model_accepts_loss_kwargs = False
@@ -219,9 +221,9 @@ class SPINTrainer(Trainer):
             length_synthetic,
             inputs["truncated"],
         ]
-        sums = [values.double().sum() for values in per_pair]
-        count = torch.tensor(len(margin), dtype=torch.double, device=margin.device)
-        added = torch.stack([*sums, count, inputs["attention_mask"].double().sum()])
+        dtype = widest_float(margin.device)
+        sums = [values.to(dtype).sum() for values in [*per_pair, torch.ones_like(margin), inputs["attention_mask"]]]
+        added = torch.stack(sums)
         self._sums[mode] = self._sums[mode] + added if mode in self._sums else added
 
     def _take_metrics(self, mode: str) -> dict[str, float]:
@@ -275,6 +277,8 @@ class PairReader:
         given = (row.get("opponent_real_logprob"), row.get("opponent_synthetic_logprob"))
         real_logprob, synthetic_logprob = (math.nan if logprob is None else logprob for logprob in given)
         ids = row if "prompt_ids" in row else self._tokenized(row, number)
+        if not (ids["prompt_ids"] and ids["real_ids"] and ids["synthetic_ids"]):
+            raise UserError(f"row {number}: a pair needs at least one token in its prompt and in each response")
         return Pair(
             prompt_ids=list(ids["prompt_ids"]),
             real_ids=list(ids["real_ids"]),

@@ -100,6 +100,13 @@ class TestLimits:
         (cut,) = prepare([example("e", "0123456789", "x")], [], renderer, section, 0).train
         assert cut.prompt_ids == [renderer.bos_id, *whole[-3:]]
 
+    def test_a_prompt_of_no_tokens_is_dropped(self) -> None:
+        renderer = Renderer(zoo.chatml(), PromptSection(chat_template="{{ messages[1].content if messages[1:] }}"))
+        kept = Example("k", ({"role": "system", "content": "S"}, {"role": "user", "content": "p"}), "r")
+        found = prepare([example("e", "p", "r"), kept], [], renderer, DataSection(source="d", held_out=0), 0)
+        assert names(found.train) == ["k"]
+        assert found.dropped == [Dropped("e", "empty prompt")]
+
     def test_a_conversation_that_the_template_refuses_is_dropped(self) -> None:
         renderer = Renderer(zoo.gemma(), PromptSection())
         refused = Example("s", ({"role": "system", "content": "S"}, {"role": "user", "content": "p"}), "r")

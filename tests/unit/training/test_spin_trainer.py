@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,25 @@ def test_identical_pairs_are_dropped_and_counted(tmp_path: Path) -> None:
 def test_a_row_that_cannot_be_read_is_named(row: dict[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         _trainer(tmp_path, [_separable()[0], row])
+
+
+def test_nothing_to_learn_is_refused(tmp_path: Path) -> None:
+    alike = {"prompt_ids": [1], "real_ids": [2, 3], "synthetic_ids": [2, 3]}
+    with pytest.raises(UserError, match="no pair whose responses differ"):
+        _trainer(tmp_path, [alike, alike])
+    with pytest.raises(UserError, match="row 1: a pair needs at least one token"):
+        _trainer(tmp_path, [alike | {"synthetic_ids": [4]}, alike | {"prompt_ids": []}])
+
+
+def test_an_infinite_log_prob_that_hides_in_a_loss_of_0_is_found(tmp_path: Path) -> None:
+    rows = _token_rows(8)
+    for row in rows:
+        row |= {"opponent_real_logprob": None, "opponent_synthetic_logprob": None}
+    trainer = _trainer(tmp_path, rows, per_device_train_batch_size=2)
+    place = _late(rows, trainer, step=3)
+    trainer.train_dataset[place] = replace(trainer.train_dataset[place], opponent_real_logprob=-math.inf)
+    with pytest.raises(NonFiniteLoss, match="stopped at step 3: the margin is inf"):
+        train_resumably(trainer)
 
 
 def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
