@@ -28,7 +28,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 10), 'spinlm needs Python 3.10 or newer'"
+	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'spinlm needs Python 3.11 or newer'"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'

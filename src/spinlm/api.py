@@ -6,6 +6,7 @@ import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -105,7 +106,8 @@ def opened(
     from spinlm.reporting.progress import Progress
     from spinlm.stages import Stages
 
-    processes = PartialState(cpu=find_device(recipe.model.device).type == "cpu")
+    # A barrier may wait for the main process's slowest work: reading the dataset, hashing or saving a model.
+    processes = PartialState(cpu=find_device(recipe.model.device).type == "cpu", timeout=timedelta(days=1))
     run_dir = RunDir(Path(recipe.run_dir))
     with run_dir.locked() if processes.is_main_process else _unlocked():
         if processes.is_main_process:
@@ -117,7 +119,7 @@ def opened(
         if processes.is_main_process:
             for key in broken:
                 progress.say(f"{key}: not what was committed, so it is made anew")
-        yield Stages(recipe, run_dir, progress, only)
+        yield Stages(recipe, run_dir, progress, only, repair)
 
 
 @contextmanager
@@ -186,6 +188,7 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
             f"{source.path}: its base is a GGUF file, which an adapter alone can't name: export with --merge"
         )
     weights = _weights_of(source, iteration)
+    RunDir(source.path).verify(weights.relative_to(source.path.resolve()).as_posix())
     name = f"iteration-{weights.parent.name}"
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -226,7 +229,7 @@ def _name_the_base(config: Path, name: str) -> None:
 def _weights_of(source: Run, iteration: str) -> Path:
     if iteration in ("best", "latest"):
         return source.best if iteration == "best" else source.latest
-    folder = source.path / "iterations" / iteration
+    folder = source.path.resolve() / "iterations" / iteration
     found = [folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()]
     if not iteration.isdigit() or not found:
         trained = sorted(path.parent.name for path in source.path.glob("iterations/*/training.jsonl"))

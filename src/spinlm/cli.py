@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import sys
@@ -63,12 +64,11 @@ def generate(
     iteration: IterationOption = None,
 ) -> None:
     """Only one iteration's synthetic responses (and the data and SFT before them)."""
-    from spinlm import selfplay
     from spinlm.api import opened
 
     with opened(_recipe(recipe, overrides, model, data), only={"data", "sft", "generate"}) as stages:
         t = _iteration(stages, "generate", iteration)
-        selfplay.generate(stages, t, stages.opponent_of(t))
+        stages.generate(t, stages.opponent_of(t))
 
 
 @app.command()
@@ -85,7 +85,7 @@ def train(
 
     with opened(_recipe(recipe, overrides, model, data), only={"score", "train"}) as stages:
         t = _iteration(stages, "train", iteration)
-        selfplay.train(stages, t, stages.opponent_of(t))
+        selfplay.train_alone(stages, t)
 
 
 @app.command()
@@ -100,10 +100,10 @@ def evaluate(
     from spinlm.api import conclude, opened
 
     with opened(_recipe(recipe, overrides, model, data), only={"data", "evaluate"}) as stages:
-        trained = [t for t in range(stages.recipe.iterations) if stages.is_trained(t)]
+        trained = list(itertools.takewhile(stages.is_trained, range(stages.recipe.iterations)))
         if not trained:
             raise UserError(f"{stages.run.path}: no iteration is trained yet: run spinlm train first")
-        conclude(stages, selfplay.evaluate_again(stages, trained))
+        conclude(stages, selfplay.evaluate_alone(stages, trained))
 
 
 @app.command()
@@ -164,7 +164,7 @@ def _recipe(recipe: str | None, overrides: list[str] | None, model: str | None, 
             changes.append(f"{key}={json.dumps(value)}")
     if recipe is None and (model is None or data is None):
         raise UserError("give a recipe, or both --model and --data")
-    return load_recipe(None if recipe is None else Path(recipe), changes)
+    return load_recipe(recipe, changes)
 
 
 def _iteration(stages: Any, stage: str, asked: int | None) -> int:
@@ -187,6 +187,11 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from here", code=130)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            _fail(
+                "the GPU's memory is full. Nothing committed is lost: lower generation.batch_size, scoring_batch_size "
+                "or per_device_train_batch_size, or set gradient_checkpointing."
+            )
         if not _is_disk_full(error):
             raise
         place = getattr(error, "filename", None) or "the run directory"

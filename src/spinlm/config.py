@@ -377,15 +377,14 @@ def at(schedule: Schedule, iteration: int) -> float:
     return schedule[iteration] if isinstance(schedule, list) else schedule
 
 
-def load_recipe(path: Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None) -> Recipe:
-    """Read a recipe: `base`, then the file's keys, then the overrides.
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe: the file's keys, where there is one, then the overrides.
 
     Raises:
         UserError: The file can't be read, isn't YAML, or doesn't fit the schema.
     """
-    tree: dict[str, Any] = dict(base or {})
-    if path is not None:
-        tree = _merged(tree, _read_yaml(path))
+    path = None if path is None else Path(path)
+    tree: dict[str, Any] = {} if path is None else _read_yaml(path)
     for override in overrides:
         tree = _merged(tree, _parse_override(override))
     tree.setdefault("run_dir", _default_run_dir(path, tree))

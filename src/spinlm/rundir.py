@@ -101,9 +101,12 @@ class Artifact:
 
     def _adopt(self, other: RunDir) -> bool:
         """Take the same artifact from the run this one was forked from, where it still holds."""
-        if not other.has_record(self.key) or other.record(self.key)["inputs"] != canonical(self.inputs):
+        try:
+            if not other.has_record(self.key) or other.record(self.key)["inputs"] != canonical(self.inputs):
+                return False
+            other.verify(self.key)
+        except CorruptArtifact:
             return False
-        other.verify(self.key)
         with self.staging() as place:
             copy = shutil.copytree if (other.path / self.key).is_dir() else shutil.copyfile
             copy(other.path / self.key, place)
@@ -149,11 +152,9 @@ class RunDir:
         """Start a run here, or go on with the one that is.
 
         Raises:
-            UserError: The directory holds something else, or a run of another recipe.
+            UserError: It is a run of another recipe.
         """
         if not self.exists() or not any((self.path / "commits").glob("[!.]*.json")):
-            if not self.exists() and any(entry.name not in ("lock", ".run.json") for entry in self.path.glob("*")):
-                raise UserError(f"{self.path}: holds files but no run; give an empty or new directory as run_dir")
             header = {
                 "recipe": recipe.model_dump(mode="json"),
                 "versions": dict(versions),
@@ -176,8 +177,10 @@ class RunDir:
         """Hold the run; a process that dies lets it go.
 
         Raises:
-            UserError: Another process holds it, or the directory can't be written.
+            UserError: Another process holds it, or the directory can't be written or holds something else.
         """
+        if not self.exists() and any(entry.name not in ("lock", ".run.json") for entry in self.path.glob("*")):
+            raise UserError(f"{self.path}: holds files but no run; give an empty or new directory as run_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+", encoding="utf-8")
@@ -317,11 +320,8 @@ def file_hashes(place: Path) -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
-    sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

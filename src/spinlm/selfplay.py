@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from spinlm.config import at
 from spinlm.players.models import Player
-from spinlm.stages import Answers, Evaluation, Stages
+from spinlm.stages import Answers, Evaluation, ScoredPairs, Stages
 
 
 def play(stages: Stages) -> list[Evaluation]:
@@ -17,9 +17,16 @@ def play(stages: Stages) -> list[Evaluation]:
     """
     start = opponent = stages.starting_player()
     evaluations = evaluate_starting_players(stages)
+    synthetic: dict[int, Answers] = {}
     for iteration in range(stages.recipe.iterations):
-        generate(stages, iteration, opponent)
-        main_player = train(stages, iteration, opponent)
+        synthetic[iteration] = stages.generate(iteration, opponent)
+        pairs = score(stages, iteration, opponent, synthetic)
+        if iteration > 0 and not pairs.pairs:
+            stages.progress.say(
+                f"iteration {iteration}: the opponent plays like the data; there is nothing left to learn"
+            )
+            break
+        main_player = stages.train(iteration, opponent, pairs)
         evaluations.append(evaluate(stages, iteration, main_player, evaluations[-1]))
         opponent = main_player
     if stages.recipe.evaluation.control:
@@ -27,17 +34,14 @@ def play(stages: Stages) -> list[Evaluation]:
     return evaluations
 
 
-def generate(stages: Stages, iteration: int, opponent: Player) -> Answers:
-    """The opponent answers the prompts of the supervised dataset."""
-    return stages.generate(iteration, opponent)
+def score(stages: Stages, iteration: int, opponent: Player, synthetic: Mapping[int, Answers]) -> ScoredPairs:
+    """This iteration's pairs and the replayed ones, all scored by today's opponent."""
+    return stages.score(iteration, opponent, {t: synthetic[t] for t in replayed(stages, iteration)})
 
 
-def train(stages: Stages, iteration: int, opponent: Player) -> Player:
-    """The main player learns to prefer the real responses; replayed pairs are scored by today's opponent."""
-    first = max(0, iteration - stages.recipe.training.replay)
-    synthetic = {t: generate(stages, t, stages.opponent_of(t)) for t in range(first, iteration + 1)}
-    pairs = stages.score(iteration, opponent, synthetic)
-    return stages.train(iteration, opponent, pairs)
+def replayed(stages: Stages, iteration: int) -> range:
+    """The iterations whose responses an iteration trains on, its own the last."""
+    return range(max(0, iteration - stages.recipe.training.replay), iteration + 1)
 
 
 def evaluate(stages: Stages, iteration: int, main_player: Player, opponent: Evaluation) -> Evaluation:
@@ -51,9 +55,18 @@ def evaluate_starting_players(stages: Stages) -> list[Evaluation]:
     return [stages.evaluate(player) for player in players]
 
 
-def evaluate_again(stages: Stages, iterations: Sequence[int]) -> list[Evaluation]:
-    """Every player of the iterations that are trained, for `spinlm evaluate`."""
+def train_alone(stages: Stages, iteration: int) -> Player:
+    """One iteration's training on responses that are there already, for `spinlm train`."""
+    synthetic = {t: stages.generate(t, stages.opponent_of(t)) for t in replayed(stages, iteration)}
+    opponent = stages.opponent_of(iteration)
+    return stages.train(iteration, opponent, score(stages, iteration, opponent, synthetic))
+
+
+def evaluate_alone(stages: Stages, iterations: Sequence[int]) -> list[Evaluation]:
+    """Every player of the iterations that are trained, and the control if it is, for `spinlm evaluate`."""
     evaluations = evaluate_starting_players(stages)
     for iteration in iterations:
         evaluations.append(evaluate(stages, iteration, stages.opponent_of(iteration + 1), evaluations[-1]))
+    if stages.has_control():
+        evaluations.append(stages.evaluate(stages.control(stages.starting_player())))
     return evaluations

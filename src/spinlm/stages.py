@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,46 @@ from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.players.logprobs import score_responses
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
 from spinlm.reporting.progress import Progress
-from spinlm.rundir import Artifact, Inputs, RunDir, digest, read_json, read_jsonl, write_json, write_jsonl
+from spinlm.rundir import (
+    Artifact,
+    Inputs,
+    RunDir,
+    canonical,
+    digest,
+    file_hashes,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from spinlm.training.checkpoints import train_resumably
 from spinlm.training.sft import sft_trainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
 ENGINES = {"transformers": TransformersEngine}
 
-Answers = list[list[Response]]
-"""For each example, a player's responses to its prompt."""
+
+@dataclass(frozen=True)
+class Answers:
+    """For each example, a player's responses to its prompt; named by the hash of the shards they are kept in."""
+
+    responses: list[list[Response]]
+    hash: str
+
+    def __getitem__(self, place: int) -> list[Response]:
+        return self.responses[place]
+
+    def __len__(self) -> int:
+        return len(self.responses)
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """An iteration's pairs that differ, how many don't, and a name for them all."""
+
+    pairs: list[Pair]
+    identical: int
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +82,7 @@ class Scores:
 
     real: list[float]
     others: dict[str, list[list[float]]]
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +99,14 @@ class Evaluation:
 class Stages:
     """The stages of one run, over one recipe, run directory and set of players."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, progress: Progress, only: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        progress: Progress,
+        only: Collection[str] | None = None,
+        repair: bool = False,
+    ) -> None:
         """Nothing is loaded yet.
 
         Args:
@@ -74,13 +114,17 @@ class Stages:
             run: Where.
             progress: What to show.
             only: The stages that may make something; what the others make must be there. None: all.
+            repair: Make anew what was made from inputs that have changed since.
         """
         self._only = only
+        self._repair = repair
         self.recipe = recipe
         self.run = run
         self.progress = progress
         self.processes = PartialState()
-        self.players = Players(recipe.model, recipe.adapter, bf16=bool(_extra(recipe.training, "bf16")))
+        extra = recipe.training.model_extra or {}
+        self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
+        self.players = Players(recipe.model, recipe.adapter, self._precision)
         self._weights_kind = "adapter" if recipe.adapter is not None else "model"
         self._check_trainer_settings()
 
@@ -93,8 +137,9 @@ class Stages:
     @cached_property
     def data(self) -> Split:
         """The dataset, tokenised and split; read from the run directory once it is there."""
-        keys = {"data", "prompt", "model", "seed"}
-        artifact = self.run.artifact("data", "data", self.recipe.model_dump(include=keys, mode="json"))
+        source = Path(self.recipe.data.source).expanduser()
+        files = file_hashes(source) if source.exists() else None
+        artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
         if self.processes.is_main_process and self._needs_making(artifact):
             split = self._prepare_data()
             with self._timed("data"), artifact.staging() as place:
@@ -107,6 +152,7 @@ class Stages:
             held_out=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "held_out.jsonl")],
             dropped=[Dropped(**row) for row in read_jsonl(artifact.path / "dropped.jsonl")],
         )
+        self._check_limits(split)
         self._say_data(split)
         self._data_hash = artifact.hash
         return split
@@ -117,13 +163,17 @@ class Stages:
         return self.data.train[: self.recipe.generation.max_prompts]
 
     def _prepare_data(self) -> Split:
-        section, config = self.recipe.data, self.players.config
-        check_vocabulary(self.players.tokenizer, config)
-        _check_context(self.recipe, context_length(config))
-        examples, dropped = load_examples(section)
-        split = prepare(examples, dropped, self.renderer, section, self.recipe.seed)
-        _check_measure(self.recipe, split)
+        check_vocabulary(self.players.tokenizer, self.players.config)
+        _check_context(self.recipe, context_length(self.players.config))
+        examples, dropped = load_examples(self.recipe.data)
+        split = prepare(examples, dropped, self.renderer, self.recipe.data, self.recipe.seed)
+        self._check_limits(split)
         return split
+
+    def _check_limits(self, split: Split) -> None:
+        """Refuse what only shows when everything else is done; a forked run has another recipe for the same data."""
+        _check_context(self.recipe, context_length(self.players.config))
+        _check_measure(self.recipe, split)
 
     def _say_data(self, split: Split) -> None:
         dropped = "".join(f"; dropped {count}: {reason}" for reason, count in split.drop_counts().items())
@@ -160,10 +210,15 @@ class Stages:
         """Whether an iteration's main player is committed."""
         return self.run.has_record(f"iterations/{iteration}/{self._weights_kind}")
 
+    def has_control(self) -> bool:
+        """Whether the control is committed."""
+        return self.run.has_record(f"control/{self._weights_kind}")
+
     def control(self, start: Player) -> Player:
         """The starting model, trained on by SFT for as many steps as self-play took."""
         assert self.recipe.sft is not None
-        steps = sum(self._steps_taken(iteration) for iteration in range(self.recipe.iterations))
+        trained = takewhile(self.is_trained, range(self.recipe.iterations))
+        steps = sum(self._steps_taken(iteration) for iteration in trained)
         return self._supervised("control", start, self.recipe.sft, max_steps=steps)
 
     def _supervised(self, name: str, start: Player, section: SFTSection, max_steps: int) -> Player:
@@ -194,12 +249,12 @@ class Stages:
         folder = f"iterations/{iteration}/synthetic"
         return self._answers(folder, f"iteration {iteration}: generate", opponent, self.played, sampling, k)
 
-    def score(self, iteration: int, opponent: Player, synthetic: Mapping[int, Answers]) -> list[Pair]:
+    def score(self, iteration: int, opponent: Player, synthetic: Mapping[int, Answers]) -> ScoredPairs:
         """The opponent's log-probs of the real responses and of this and the replayed iterations' synthetic ones."""
         folder = f"iterations/{iteration}/opponent_logprobs"
         others = {str(source): synthetic[source] for source in sorted(synthetic, reverse=True)}
         scores = self._scores(folder, f"iteration {iteration}: score", opponent, self.played, others)
-        return [
+        pairs = [
             Pair(
                 prompt_ids=example.prompt_ids,
                 real_ids=example.real_ids,
@@ -212,8 +267,9 @@ class Stages:
             for place, example in enumerate(self.played)
             for response, logprob in zip(answers[place], scores.others[source][place], strict=True)
         ]
+        return ScoredPairs(*drop_identical(pairs), digest([scores.hash, [a.hash for a in others.values()]]))
 
-    def train(self, iteration: int, opponent: Player, pairs: Sequence[Pair]) -> Player:
+    def train(self, iteration: int, opponent: Player, scored: ScoredPairs) -> Player:
         """The main player, from the opponent's weights."""
         section = self.recipe.training
         beta, learning_rate = at(section.beta, iteration), at(section.learning_rate or 0.0, iteration)
@@ -224,9 +280,8 @@ class Stages:
             "learning_rate": learning_rate,
             "num_train_epochs": epochs,
         }
-        inputs = self._inputs("seed", "adapter", settings=settings, start=opponent.hash, pairs=_hash_of(pairs))
-        kept, identical = drop_identical(pairs)
-        if not kept:
+        inputs = self._inputs("seed", "adapter", settings=settings, start=opponent.hash, pairs=scored.hash)
+        if not scored.pairs:
             raise UserError(
                 f"iteration {iteration}: every synthetic response equals the real one, so there is nothing left to "
                 "learn: the opponent already plays like the data"
@@ -243,8 +298,8 @@ class Stages:
                 learning_rate=learning_rate,
                 num_train_epochs=epochs,
             )
-            trainer = SPINTrainer(model, args, kept, pad_id=self.renderer.pad_id)
-            trainer.dropped_identical = identical
+            trainer = SPINTrainer(model, args, scored.pairs, pad_id=self.renderer.pad_id)
+            trainer.dropped_identical = scored.identical
             return trainer
 
         return self._train(
@@ -277,11 +332,12 @@ class Stages:
         others = {} if opponent is None else {"opponent": opponent.sampled}
         scores = self._scores(f"{folder}/logprobs", f"{title} (log-probs)", player, held_out, {"own": sampled} | others)
         margins = None if opponent is None else _margins(held_out, opponent, scores, beta)
-        artifact = self.run.artifact(
-            f"{folder}/measures.json",
-            "evaluate",
-            {"answers": _hash_of(sampled), "greedy": _hash_of(greedy), "scores": _hash_of([scores, margins])},
-        )
+        inputs = {
+            "answers": [answers.hash for answers in (sampled, greedy) if answers is not None],
+            "scores": [scores.hash, None if opponent is None else opponent.scores.hash],
+            "beta": beta,
+        }
+        artifact = self.run.artifact(f"{folder}/measures.json", "evaluate", inputs)
         if self.processes.is_main_process and self._needs_making(artifact):
             measured = measure(_held_out_answers(held_out, sampled, greedy, scores), margins)
             with artifact.staging() as place:
@@ -302,7 +358,14 @@ class Stages:
         self, folder: str, title: str, player: Player, examples: Sequence[TokenizedExample], sampling: Sampling, k: int
     ) -> Answers:
         """A player's k responses to each example's prompt, shard by shard."""
-        inputs = self._inputs("seed", sampling=asdict(sampling), k=k, player=player.hash, data=self._data_hash)
+        inputs = self._inputs(
+            "seed",
+            sampling=asdict(sampling),
+            k=k,
+            player=player.hash,
+            data=self._data_hash,
+            precision=self._precision,
+        )
 
         def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
             asked = [examples[place] for place in shard]
@@ -313,8 +376,8 @@ class Stages:
                 responses = iter(self._engine(player).generate(requests, sampling, on_progress))
             return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in asked]
 
-        rows = self._shards(folder, title, len(examples), k, inputs, make)
-        return [[Response(**response) for response in row["responses"]] for row in rows]
+        rows, name = self._shards(folder, title, len(examples), k, inputs, make)
+        return Answers([[Response(**response) for response in row["responses"]] for row in rows], name)
 
     def _engine(self, player: Player) -> Engine:
         section = self.recipe.generation
@@ -332,7 +395,8 @@ class Stages:
         inputs = self._inputs(
             player=player.hash,
             data=self._data_hash,
-            others={source: _hash_of(answers) for source, answers in others.items()},
+            others={source: answers.hash for source, answers in others.items()},
+            precision=self._precision,
         )
         each = 1 + sum(len(answers[0]) for answers in others.values() if answers)
 
@@ -343,10 +407,11 @@ class Stages:
                 rows.append((examples[place], ids))
             return self._score_shard(player, rows, on_progress)
 
-        rows = self._shards(folder, title, len(examples), each, inputs, make)
+        rows, name = self._shards(folder, title, len(examples), each, inputs, make)
         return Scores(
             real=[row["real"] for row in rows],
             others={source: [row["others"][source] for row in rows] for source in others},
+            hash=name,
         )
 
     def _score_shard(
@@ -389,8 +454,8 @@ class Stages:
         each: int,
         inputs: Inputs,
         make: Callable[[range, OnProgress], list[dict[str, Any]]],
-    ) -> list[dict[str, Any]]:
-        """Rows for `count` examples with `each` responses, committed in shards that the processes share out."""
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Rows for `count` examples with `each` responses, and their hash; the processes share out the shards."""
         size, stage = self.recipe.generation.shard_size, _stage(title)
         shards = [range(start, min(start + size, count)) for start in range(0, count, size)]
         artifacts = [
@@ -410,7 +475,8 @@ class Stages:
                     task.advance(0, finished - task.done)
                 timing["tokens"] = task.tokens
         self.processes.wait_for_everyone()
-        return [row for artifact in artifacts for row in read_jsonl(artifact.path)]
+        rows = [row for artifact in artifacts for row in read_jsonl(artifact.path)]
+        return rows, digest([artifact.hash for artifact in artifacts])
 
     def _train(
         self,
@@ -429,11 +495,14 @@ class Stages:
             missing = [artifact for artifact in (log, weights) if self._needs_making(artifact)]
         if missing:
             checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
-            with self._timed(folder):
-                model = self.players.main_player(start, seed=self._seed(folder))
-                trainer = make_trainer(model, checkpoints)
+            with self._timed(folder), self._tracked(folder):
+                trainer = make_trainer(self.players.main_player(start, seed=self._seed(folder)), checkpoints)
                 rows = train_resumably(trainer, lambda *logged: self.progress.training(title, *logged))
                 self._commit_training(trainer, rows, log, weights)
+                sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+            del trainer  # with its optimiser, before anything else is loaded
+            if sharded:
+                self.players.forget()
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             self.run.remove_checkpoints(folder)
@@ -448,8 +517,6 @@ class Stages:
                 write_jsonl(place, rows)
             with weights.staging() as place:
                 self.players.save(model, place, state_dict)
-        if sharded:
-            self.players.forget()
 
     def _training_arguments(
         self, kind: type[Any], section: SFTSection | TrainingSection, folder: str, directory: Path, **settings: Any
@@ -491,23 +558,46 @@ class Stages:
         if artifact.is_committed():
             return False
         if self.run.has_record(artifact.key):
-            self.progress.say(f"{artifact.key}: its inputs have changed, so it is made anew")
+            self._changed(artifact)
         if self._only is not None and artifact.stage not in self._only:
             raise UserError(
                 f"{artifact.path}: missing; the stage {artifact.stage!r} makes it: run that first, or spinlm run"
             )
         return True
 
+    def _changed(self, artifact: Artifact) -> None:
+        """A committed artifact's inputs are others now: nothing is replaced unless that was asked for."""
+        recorded, wanted = self.run.record(artifact.key)["inputs"], canonical(artifact.inputs)
+        keys = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
+        changed = f"{artifact.path}: was made from something else than what is there now ({', '.join(keys)})"
+        if not self._repair:
+            raise UserError(
+                f"{changed}: has the model or the dataset been changed? Put it back, or start a new run "
+                "(--fork NEW_RUN keeps what still holds); --repair makes it anew here."
+            )
+        self.progress.say(f"{changed}, so it is made anew")
+
+    @contextmanager
+    def _tracked(self, folder: str) -> Iterator[None]:
+        """Trackers that write files do so in the run directory, where they stay when checkpoints go."""
+        before = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(self.run.path / "trackers" / folder)
+        yield
+        if before is None:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
+
     @contextmanager
     def _timed(self, what: str) -> Iterator[dict[str, Any]]:
         """Add a line to timings.jsonl, which is the only file where two equal runs differ."""
         timing: dict[str, Any] = {"what": what}
         started = time.perf_counter()
-        yield timing
-        if self.processes.is_main_process:
-            timing["seconds"] = round(time.perf_counter() - started, 3)
-            with (self.run.path / "timings.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(timing) + "\n")
+        try:
+            yield timing
+        finally:
+            if self.processes.is_main_process:
+                timing["seconds"] = round(time.perf_counter() - started, 3)
+                with (self.run.path / "timings.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(timing) + "\n")
 
 
 def _check_context(recipe: Recipe, context: int | None) -> None:
@@ -538,15 +628,6 @@ def _check_measure(recipe: Recipe, split: Split) -> None:
 def _stage(title: str) -> str:
     """`iteration 0: generate` and `base: evaluate (greedy)` name the stages generate and evaluate."""
     return title.rpartition(": ")[2].partition(" (")[0]
-
-
-def _extra(section: TrainingSection, name: str) -> Any:
-    return (section.model_extra or {}).get(name)
-
-
-def _hash_of(value: Any) -> str:
-    """A name for results that are already on the disk."""
-    return digest(json.loads(json.dumps(value, default=asdict)))
 
 
 def _margins(

@@ -124,4 +124,32 @@ def test_evaluation_alone_is_made_anew_from_what_is_there(copied: Path, finished
     run = copied / "runs/recipe"
     forget(run, "evaluation/iteration-1")
     succeeded(spinlm("evaluate", *RUN[1:], cwd=copied))
-    assert [name for name in differing(finished / "runs/recipe", run) if name.startswith(("eval", "commits"))] == []
+    assert differing(finished / "runs/recipe", run) == []
+
+
+def test_evaluation_alone_stops_before_an_iteration_that_is_gone(copied: Path) -> None:
+    run = copied / "runs/recipe"
+    forget(run, "iterations/0/adapter")
+    before = (run / "evaluation/iteration-1/measures.json").read_bytes()
+    refused(spinlm("evaluate", *RUN[1:], cwd=copied), "no iteration is trained yet")
+    assert (run / "evaluation/iteration-1/measures.json").read_bytes() == before
+
+
+def test_another_model_or_dataset_under_the_same_name_replaces_nothing(copied: Path) -> None:
+    run = copied / "runs/recipe"
+    for changed in (copied / "model/config.json", copied / "data.jsonl"):
+        before, as_it_was = contents(run), changed.read_bytes()
+        changed.write_bytes(as_it_was + b"\n")
+        refused(spinlm(*RUN, cwd=copied), "was made from something else", "--fork NEW_RUN", "--repair")
+        assert contents(run) == before
+        changed.write_bytes(as_it_was)
+    succeeded(spinlm(*RUN, cwd=copied))
+
+
+def test_what_a_fork_cannot_measure_or_fit_is_refused_before_it_plays(copied: Path) -> None:
+    for fork, override, words in (
+        ("runs/measure", "evaluation.select_by=accuracy_sampled", "has no verifier"),
+        ("runs/fit", "generation.max_new_tokens=500", "takes 128"),
+    ):
+        refused(spinlm(*RUN, override, "--fork", fork, cwd=copied), words)
+        assert not (copied / fork / "iterations").exists()

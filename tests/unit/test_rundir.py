@@ -232,10 +232,11 @@ class TestForks:
         assert not fork.artifact("iterations/1/adapter", "train", {"x": 1}).is_committed()
         assert everything(fork) == {"run.json"}
 
-    def test_what_is_damaged_there_is_an_error(self, run: RunDir, fork: RunDir) -> None:
+    def test_what_is_damaged_there_is_not(self, run: RunDir, fork: RunDir) -> None:
         (run.path / "iterations/0/adapter/a").write_text("a")
-        with pytest.raises(CorruptArtifact, match=r"run/iterations/0/adapter/a: not what was committed"):
-            fork.artifact("iterations/0/adapter", "train", {"x": 1}).is_committed()
+        run.record_path("iterations/0/a.jsonl").write_text("{")
+        assert not fork.artifact("iterations/0/adapter", "train", {"x": 1}).is_committed()
+        assert not fork.artifact("iterations/0/a.jsonl", "generate", {"x": 1}).is_committed()
         assert everything(fork) == {"run.json"}
 
     def test_the_run_it_came_from_is_left_alone(self, run: RunDir, fork: RunDir) -> None:
@@ -264,10 +265,14 @@ class TestHeaders:
         with pytest.raises(UserError, match=r"(?s)another recipe.*\n  seed: 7 -> 0\n.*--fork NEW_RUN"):
             run.begin(RECIPE, {})
 
-    def test_a_directory_with_something_else_in_it_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "thesis.tex").write_text("")
-        with pytest.raises(UserError, match="holds files but no run"):
-            RunDir(tmp_path).begin(RECIPE, {})
+    def test_a_directory_with_something_else_in_it_is_refused_and_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / ".staging").mkdir()
+        for name in ("thesis.tex", "lock", ".staging/draft"):
+            (tmp_path / name).write_text("mine")
+        before = file_hashes(tmp_path)
+        with pytest.raises(UserError, match="holds files but no run"), RunDir(tmp_path).locked():
+            pass
+        assert file_hashes(tmp_path) == before
 
     def test_there_is_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"not a run directory \(it has no run.json\)"):

@@ -53,22 +53,23 @@ class Players:
         device: Where the model is.
     """
 
-    def __init__(self, model: ModelSection, adapter: AdapterSection | None, bf16: bool = False) -> None:
+    def __init__(self, model: ModelSection, adapter: AdapterSection | None, precision: str = "") -> None:
         """Nothing is loaded yet.
 
         Args:
             model: Which base model.
             adapter: None for full fine-tuning.
-            bf16: Whether training runs in bfloat16 autocast: scoring then does, too.
+            precision: Of the training forward pass, `bf16` or `fp16` autocast: scoring then has it, too.
 
         Raises:
             UserError: The device isn't there, or an extra isn't installed.
         """
         self._section = model
         self._adapter = adapter
-        self._bf16 = bf16
+        self._precision = precision
         self._model: Any = None
         self._seated: str | None = None
+        self._use_cache: bool | None = None
         self.device = find_device(model.device)
         if model.load_in_4bit:
             _require_bitsandbytes()
@@ -97,7 +98,8 @@ class Players:
 
     def autocast(self) -> torch.autocast:
         """The precision of the training forward pass, for whoever has to compute the same."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
+        dtype = torch.float16 if self._precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=bool(self._precision))
 
     def _seat(self, player: Player, trainable: bool, seed: int = 0) -> None:
         if self._adapter is None:
@@ -207,7 +209,9 @@ class Players:
 
     def _load_base(self, path: Path | None) -> Any:
         unset_hf_deepspeed_config()  # always loaded whole: ZeRO shards it when a trainer takes it
-        name, arguments = self._source() if path is None else (str(path), {})
+        name, arguments = self._source()
+        if path is not None:
+            name, arguments = str(path), {"trust_remote_code": self._section.trust_remote_code}
         if self._section.attn_implementation is not None:
             arguments["attn_implementation"] = self._section.attn_implementation
         if self._section.load_in_4bit:
@@ -215,9 +219,16 @@ class Players:
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=self._dtype(), **arguments)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name, dtype=self._dtype(), output_loading_info=True, **arguments
+            )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"model.name: {name} can't be loaded: {_first_line(error)}") from None
+        if loaded["missing_keys"]:
+            missing = ", ".join(sorted(loaded["missing_keys"])[:3])
+            raise UserError(f"model.name: {name} has no weights for {missing}, …: they would be random numbers")
+        _switch_off_dropout(model)
+        self._use_cache = getattr(model.config, "use_cache", None)
         if not self._section.load_in_4bit:
             model = model.to(self.device)
         model.generation_config = _plain_generation_config(model.generation_config)
@@ -242,6 +253,8 @@ class Players:
 
     def save(self, model: Any, directory: Path, state_dict: dict[str, Any] | None = None) -> None:
         """Write a player: its adapter, or in full fine-tuning the whole model. The same weights, the same bytes."""
+        if self._use_cache is not None:
+            model.config.use_cache = self._use_cache  # the Trainer turns it off
         unneeded = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
         model.save_pretrained(directory, state_dict=state_dict, **unneeded)
         (directory / "README.md").unlink(missing_ok=True)
@@ -254,6 +267,7 @@ class Players:
         model = self.opponent(player)
         merged = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
         merged.generation_config = self._generation_config()
+        merged.config.use_cache = self._use_cache
         return merged
 
 
@@ -304,12 +318,14 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"model.device: {name!r} is not a device; give auto, cpu, cuda or cuda:0") from None
+        raise UserError(f"model.device: {name!r} is not a device; give auto, cpu, cuda or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"model.device: {name} asked for, but this machine shows {torch.cuda.device_count()} GPUs; "
             "set model.device=auto, or install a torch build for your GPU"
         )
+    if device.type == "cuda" and device.index is not None:
+        raise UserError(f"model.device: give cuda, and choose the GPU by CUDA_VISIBLE_DEVICES={device.index}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("model.device: mps asked for, but it is not available here; set model.device=auto")
     return device
@@ -328,6 +344,14 @@ def _lora_arguments(adapter: AdapterSection, base: Any) -> dict[str, Any]:
         # Mamba's kernels read the weights of the other projections directly, past any adapter.
         arguments["target_modules"] = ["in_proj"]
     return arguments
+
+
+def _switch_off_dropout(model: Any) -> None:
+    """The base's own: the main player has to be the opponent, and noise of 256 tokens drowns a margin."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))):
+                setattr(module, name, 0.0)
 
 
 def _plain_generation_config(config: GenerationConfig) -> GenerationConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 
 from spinlm.config import Recipe
@@ -48,7 +50,7 @@ def status(run: RunDir) -> list[StageStatus]:
     stages = [StageStatus("data", int("data" in keys), 1, seconds["data"])]
 
     def add(name: str, folder: str, total: int) -> None:
-        done = sum(key.startswith(f"{folder}/") for key in keys) if total != 1 or folder not in keys else 1
+        done = sum(key.startswith(f"{folder}/") for key in keys)
         stages.append(StageStatus(name, done, total, seconds[folder]))
 
     def add_training(name: str, folder: str) -> None:
@@ -87,6 +89,8 @@ def _shards(run: RunDir, part: str, recipe: Recipe) -> int:
 def _seconds(run: RunDir) -> dict[str, float]:
     seconds: dict[str, float] = defaultdict(float)
     path = run.path / "timings.jsonl"
-    for row in read_jsonl(path) if path.exists() else []:
-        seconds[row["what"]] += row["seconds"]
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a line that was cut short by a crash
+            row = json.loads(line)
+            seconds[row["what"]] += row["seconds"]
     return seconds

@@ -111,14 +111,16 @@ class _StopAtNonFinite(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("loss", "grad_norm", "margin"):
+        # In float16 an infinite gradient is how the loss scale is found: that step is skipped.
+        for name in ("loss", "margin") if args.fp16 else ("loss", "margin", "grad_norm"):
             value = (logs or {}).get(name, 0.0)
             if not math.isfinite(value):
                 checkpoint = last_checkpoint(self._directory)
                 kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before"
                 raise NonFiniteLoss(
                     f"training stopped at step {state.global_step}: the {name.replace('_', ' ')} is {value}; {kept}. "
-                    "Lower learning_rate or beta, raise warmup_steps, or train in float32."
+                    "Lower learning_rate or beta, raise warmup_steps, or train in float32 (a run goes on with "
+                    "another recipe by --fork NEW_RUN)."
                 )
 
 

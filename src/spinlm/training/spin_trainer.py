@@ -126,8 +126,7 @@ class SPINTrainer(Trainer):
                     raise UserError("train_dataset: no pair whose responses differ, so there is nothing to learn")
             if eval_dataset is not None:
                 self.eval_dataset = drop_identical(prepare(eval_dataset))[0]
-        self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True  # our compute_loss divides by the optimiser's whole batch itself
 
     # --- the step ---
 

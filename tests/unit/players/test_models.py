@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
@@ -137,6 +138,17 @@ class TestSeats:
         seated = players(tiny_llama, AdapterSection(target_modules=["no_such_module"]))
         with pytest.raises(UserError, match=r"^adapter: peft refuses these settings .*no_such_module"):
             seated.main_player(seated.base_player(), seed=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_the_bases_own_dropout_is_off(family: str, tmp_path: Path) -> None:
+    seated = players(tiny.save_model(tmp_path / "model", family))
+    config = seated.config
+    assert 0.1 in (getattr(config, "resid_pdrop", None), getattr(config, "dropout", None))
+    model = seated.main_player(seated.base_player(), seed=0)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
 class TestSaving:
@@ -283,10 +295,19 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"^model.name: .*missing.gguf"):
             _ = players(tiny_llama, gguf_file="missing.gguf").config
 
+    def test_weights_that_are_missing_are_not_made_up(self, tiny_llama: Path, tmp_path: Path) -> None:
+        directory = shutil.copytree(tiny_llama, tmp_path / "model")
+        weights = load_file(directory / "model.safetensors")
+        del weights["model.layers.0.mlp.down_proj.weight"]
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        seated = players(directory)
+        with pytest.raises(UserError, match=r"has no weights for model.layers.0.mlp.down_proj.weight"):
+            seated.opponent(seated.base_player())
+
     @pytest.mark.parametrize(
         ("device", "words"),
         [
-            ("gpu", "'gpu' is not a device; give auto, cpu, cuda or cuda:0"),
+            ("gpu", "'gpu' is not a device; give auto, cpu, cuda or mps"),
             ("cuda:7", "cuda:7 asked for, but this machine shows"),
         ],
     )
