@@ -227,7 +227,7 @@ class Players:
         if loaded["missing_keys"]:
             missing = ", ".join(sorted(loaded["missing_keys"])[:3])
             raise UserError(f"model.name: {name} has no weights for {missing}, …: they would be random numbers")
-        _switch_off_dropout(model)
+        switch_off_dropout(model)
         self._use_cache = getattr(model.config, "use_cache", None)
         if not self._section.load_in_4bit:
             model = model.to(self.device)
@@ -346,11 +346,12 @@ def _lora_arguments(adapter: AdapterSection, base: Any) -> dict[str, Any]:
     return arguments
 
 
-def _switch_off_dropout(model: Any) -> None:
-    """The base's own: the main player has to be the opponent, and noise of 256 tokens drowns a margin."""
-    for module in model.modules():
+def switch_off_dropout(model: Any) -> None:
+    """The base's own, not an adapter's: a main player has to start as its opponent, and noise would drown the margin."""
+    for place, module in model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))):
+            is_rate = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
+            if is_rate and isinstance(value, float) and "lora_dropout" not in place:
                 setattr(module, name, 0.0)
 
 

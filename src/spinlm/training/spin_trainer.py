@@ -18,7 +18,7 @@ from spinlm.data.pairs import Pair, PairBatch, collate_pairs, drop_identical
 from spinlm.data.render import Renderer, RenderError
 from spinlm.errors import UserError
 from spinlm.players.logprobs import response_logprobs, score_responses, widest_float
-from spinlm.players.models import without_dropout
+from spinlm.players.models import switch_off_dropout, without_dropout
 from spinlm.training.losses import LOSSES, spin_margin
 
 LOG_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -63,10 +63,12 @@ class SPINTrainer(Trainer):
 
     The dataset's rows are `Pair`s, or mappings with `prompt`, `real` and `synthetic` (or TRL's `chosen`
     and `rejected`), each a string or a list of messages, or the same as token ids: `prompt_ids`,
-    `real_ids`, `synthetic_ids`. Where a row brings no `opponent_real_logprob` and
-    `opponent_synthetic_logprob`, the model as it is at construction is the opponent. `synthetic_truncated`
-    says that the synthetic response was cut at the token cap: as text it then gets no end-of-turn token.
-    Pairs of identical responses are dropped and counted.
+    `real_ids`, `synthetic_ids`. A prompt that is a string is a user's message. Where a row brings no
+    `opponent_real_logprob` and `opponent_synthetic_logprob`, the model as it is at construction is the
+    opponent. `synthetic_truncated` says that the synthetic response was cut at the token cap: as text it
+    then gets no end-of-turn token.
+    Pairs of identical responses are dropped and counted. The model's own dropout is switched off; an
+    adapter's stays.
 
     Attributes:
         dropped_identical: How many pairs were.
@@ -77,7 +79,7 @@ class SPINTrainer(Trainer):
     def __init__(
         self,
         model: Any,
-        args: SPINConfig,
+        args: SPINConfig | None = None,
         train_dataset: Sequence[Any] | Any = None,
         eval_dataset: Sequence[Any] | Any = None,
         processing_class: Any = None,
@@ -96,8 +98,12 @@ class SPINTrainer(Trainer):
             peft_config: Adds an adapter to the model.
             pad_id: Fills batches; default: the tokenizer's padding token, else 0.
         """
+        args = SPINConfig("tmp_trainer") if args is None else args
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if isinstance(eval_dataset, Mapping):
+            raise UserError("eval_dataset: give one dataset, not several by name")
+        switch_off_dropout(model)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -154,6 +160,15 @@ class SPINTrainer(Trainer):
         self._add_metrics("train" if model.training else "eval", inputs, margin.detach(), logprobs.detach())
         loss = losses.sum() * processes / pairs
         return (loss, {"margin": margin}) if return_outputs else loss
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Metrics of the evaluation pairs; others than those given at construction must bring the opponent's log-probs."""
+        if eval_dataset is not None and not all(isinstance(pair, Pair) for pair in eval_dataset):
+            raise UserError(
+                "evaluate: give eval_dataset when the trainer is made, before training changes the opponent"
+            )
+        metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return metrics
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

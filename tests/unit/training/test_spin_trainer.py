@@ -189,6 +189,15 @@ def test_an_infinite_log_prob_that_hides_in_a_loss_of_0_is_found(tmp_path: Path)
         train_resumably(trainer)
 
 
+def test_evaluation_rows_are_scored_by_the_opponent_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not several by name"):
+        SPINTrainer(build_model("llama"), _config(tmp_path), _token_rows(2), {"a": _token_rows(2)})
+    trainer = _trainer(tmp_path, _token_rows(2))
+    with pytest.raises(UserError, match="while the model is the opponent"):
+        trainer.evaluate(_token_rows(2))
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
 def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="row 0: is text, so SPINTrainer needs processing_class"):
         SPINTrainer(build_model("llama"), _config(tmp_path), _separable())
