@@ -347,7 +347,7 @@ def _lora_arguments(adapter: AdapterSection, base: Any) -> dict[str, Any]:
 
 
 def switch_off_dropout(model: Any) -> None:
-    """The base's own, not an adapter's: a main player has to start as its opponent, and noise would drown the margin."""
+    """The base's own, not an adapter's: a main player has to start as its opponent, not beside it."""
     for place, module in model.named_modules():
         for name, value in vars(module).items():
             is_rate = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))

@@ -162,11 +162,13 @@ class SPINTrainer(Trainer):
         return (loss, {"margin": margin}) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Metrics of the evaluation pairs; others than those given at construction must bring the opponent's log-probs."""
+        """Metrics of the evaluation pairs, or of other `Pair`s.
+
+        Raises:
+            UserError: The rows would have to be scored by an opponent that training has changed.
+        """
         if eval_dataset is not None and not all(isinstance(pair, Pair) for pair in eval_dataset):
-            raise UserError(
-                "evaluate: give eval_dataset when the trainer is made, before training changes the opponent"
-            )
+            raise UserError("evaluate: give eval_dataset when the trainer is made, while the model is the opponent")
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
