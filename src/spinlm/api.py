@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spinlm.config import Recipe
+from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
 from spinlm.reporting.report import Report, Sample, model_card
 from spinlm.rundir import RunDir, read_json, write_json
@@ -208,22 +208,23 @@ def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool)
     from spinlm.players.models import Player, Players
 
     recipe, whole = source.recipe, merge or source.recipe.adapter is None
-    players = Players(recipe.model, recipe.adapter)
+    # Merged into the base as it is on the hub or the disk, not as it was quantised for training.
+    players = Players(recipe.model.model_copy(update={"load_in_4bit": False}), recipe.adapter)
     if whole:
         players.merged(Player(name, weights, "exported")).save_pretrained(out)
     else:
         shutil.copytree(weights, out)
-        _name_the_base(out / "adapter_config.json", recipe.model.name)
+        _name_the_base(out / "adapter_config.json", recipe.model)
     Renderer(players.tokenizer, recipe.prompt, players.stop_ids()).tokenizer.save_pretrained(out)
     header = RunDir(source.path).header()
     report = {**header, "measures": source.measures.get(name, {})}
     (out / "README.md").write_text(model_card(name, report, recipe.model.name, whole), encoding="utf-8")
 
 
-def _name_the_base(config: Path, name: str) -> None:
-    """An adapter finds its base by name: that of a local one has to hold wherever it is loaded from."""
-    named = read_json(config) | {"base_model_name_or_path": str(Path(name).resolve()) if Path(name).exists() else name}
-    write_json(config, named)
+def _name_the_base(config: Path, base: ModelSection) -> None:
+    """An adapter finds its base by name and revision: a local name has to hold wherever it is loaded from."""
+    name = str(Path(base.name).resolve()) if Path(base.name).exists() else base.name
+    write_json(config, read_json(config) | {"base_model_name_or_path": name, "revision": base.revision})
 
 
 def _weights_of(source: Run, iteration: str) -> Path:

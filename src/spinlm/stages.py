@@ -48,6 +48,8 @@ from spinlm.training.sft import sft_trainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
 ENGINES = {"transformers": TransformersEngine}
+COMMANDS = {"data": "generate", "sft": "generate", "score": "train", "control": "run"}
+"""The command that runs a stage, where it isn't called after it."""
 
 
 @dataclass(frozen=True)
@@ -560,8 +562,9 @@ class Stages:
         if self.run.has_record(artifact.key):
             self._changed(artifact)
         if self._only is not None and artifact.stage not in self._only:
+            command = COMMANDS.get(artifact.stage, artifact.stage)
             raise UserError(
-                f"{artifact.path}: missing; the stage {artifact.stage!r} makes it: run that first, or spinlm run"
+                f"{artifact.path}: missing; the stage {artifact.stage!r} makes it: run spinlm {command} first"
             )
         return True
 

@@ -154,11 +154,7 @@ class Players:
         Raises:
             UserError: It can't be loaded.
         """
-        name, arguments = self._source()
-        try:
-            return AutoTokenizer.from_pretrained(name, **arguments)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"model.name: the tokenizer of {self._section.name} can't be loaded: {error}") from None
+        return self._read(AutoTokenizer, "the tokenizer of ")
 
     @cached_property
     def config(self) -> Any:
@@ -167,11 +163,15 @@ class Players:
         Raises:
             UserError: It can't be loaded.
         """
+        return self._read(AutoConfig)
+
+    def _read(self, kind: Any, what: str = "") -> Any:
         name, arguments = self._source()
         try:
-            return AutoConfig.from_pretrained(name, **arguments)
+            return kind.from_pretrained(name, **arguments)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"model.name: {self._section.name} can't be loaded: {_first_line(error)}") from None
+            place = f"model.name: {what}{self._section.name}"
+            raise UserError(f"{place} can't be loaded: {_first_line(error)}") from None
 
     def stop_ids(self) -> list[int]:
         """The tokens that the model's own generation settings stop at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,12 @@ IGNORED = -100
 def sft_trainer(model: Any, args: TrainingArguments, examples: Sequence[TokenizedExample], pad_id: int) -> Trainer:
     """A Trainer on the examples' response tokens; prompts are read, not learned."""
 
-    def collate(batch: Sequence[TokenizedExample]) -> dict[str, torch.Tensor]:
-        return collate_supervised(batch, pad_id)
-
     args.remove_unused_columns = False
     args.logging_nan_inf_filter = False
     if args.n_gpu > 1:
         args._n_gpu = 1  # several GPUs are for torchrun or accelerate launch, not for DataParallel
-    return Trainer(model=model, args=args, data_collator=collate, train_dataset=list(examples))  # type: ignore[arg-type]
+    collate = partial(collate_supervised, pad_id=pad_id)
+    return Trainer(model=model, args=args, data_collator=collate, train_dataset=list(examples))
 
 
 def collate_supervised(batch: Sequence[TokenizedExample], pad_id: int) -> dict[str, torch.Tensor]:

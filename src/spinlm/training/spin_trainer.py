@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class SPINTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda pairs: collate_pairs(pairs, self._pad_id),
+            data_collator=partial(collate_pairs, pad_id=self._pad_id),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
