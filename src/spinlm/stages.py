@@ -585,9 +585,11 @@ class Stages:
         """Trackers that write files do so in the run directory, where they stay when checkpoints go."""
         before = os.environ.get("TENSORBOARD_LOGGING_DIR")
         os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(self.run.path / "trackers" / folder)
-        yield
-        if before is None:
-            del os.environ["TENSORBOARD_LOGGING_DIR"]
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TENSORBOARD_LOGGING_DIR"]
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[dict[str, Any]]:
