@@ -145,7 +145,7 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
     stages.progress.say(report.verdict())
     _say_samples(stages, report)
     stages.progress.say(f"report: {run_dir.path / 'report.md'}")
-    stages.progress.say(f"next: spinlm export {run_dir.path} OUT")
+    stages.progress.say(f"next: spinlm export {run_dir.path} OUT --merge")
 
 
 def _report(stages: Stages, evaluations: list[Evaluation], best: str | None) -> Report:

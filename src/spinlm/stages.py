@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from spinlm.config import Recipe, SFTSection, TrainingSection, at
@@ -43,7 +42,7 @@ from spinlm.rundir import (
     write_json,
     write_jsonl,
 )
-from spinlm.training.checkpoints import train_resumably
+from spinlm.training.checkpoints import Arguments, train_resumably
 from spinlm.training.sft import sft_trainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
@@ -230,7 +229,7 @@ class Stages:
 
         def make_trainer(model: Any, directory: Path) -> Any:
             args = self._training_arguments(
-                TrainingArguments,
+                Arguments,
                 section,
                 name,
                 directory,
@@ -542,7 +541,7 @@ class Stages:
             if section is not None:
                 try:
                     args = self._training_arguments(
-                        TrainingArguments, section, name, self.run.path, learning_rate=1.0, num_train_epochs=1.0
+                        Arguments, section, name, self.run.path, learning_rate=1.0, num_train_epochs=1.0
                     )
                     get_reporting_integration_callbacks(args.report_to)
                 except (ValueError, TypeError, ImportError, RuntimeError) as error:

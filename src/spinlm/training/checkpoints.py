@@ -8,7 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from spinlm.errors import UserError
 from spinlm.rundir import file_hashes, flush_to_disk, read_json, write_json
@@ -18,6 +26,21 @@ TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "tra
 
 OnLog = Callable[[int, int, dict[str, float]], None]
 """Called with the step, the number of steps, and what was logged."""
+
+
+class Arguments(TrainingArguments):
+    """TrainingArguments for lists of pairs or examples, on one device a process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False  # would look at the loss, a device sync, at every step
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # several GPUs are for torchrun or accelerate launch, not for DataParallel
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """As ever, but that a training of one step doesn't take it at a learning rate of 0."""
+        return min(int(super().get_warmup_steps(num_training_steps)), num_training_steps - 1)
 
 
 class NonFiniteLoss(UserError):

@@ -7,22 +7,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from spinlm.data.pairs import collate_responses
 from spinlm.data.prepare import TokenizedExample
+from spinlm.training.checkpoints import Arguments
 
 IGNORED = -100
 """The label that transformers' losses leave out."""
 
 
-def sft_trainer(model: Any, args: TrainingArguments, examples: Sequence[TokenizedExample], pad_id: int) -> Trainer:
+def sft_trainer(model: Any, args: Arguments, examples: Sequence[TokenizedExample], pad_id: int) -> Trainer:
     """A Trainer on the examples' response tokens; prompts are read, not learned."""
 
-    args.remove_unused_columns = False
-    args.logging_nan_inf_filter = False
-    if args.n_gpu > 1:
-        args._n_gpu = 1  # several GPUs are for torchrun or accelerate launch, not for DataParallel
     collate = partial(collate_supervised, pad_id=pad_id)
     return Trainer(model=model, args=args, data_collator=collate, train_dataset=list(examples))
 

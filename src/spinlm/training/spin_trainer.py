@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, set_seed
 
 from spinlm.config import PromptSection
 from spinlm.data.examples import Message
@@ -20,6 +20,7 @@ from spinlm.data.render import Renderer, RenderError
 from spinlm.errors import UserError
 from spinlm.players.logprobs import response_logprobs, score_responses, widest_float
 from spinlm.players.models import switch_off_dropout, without_dropout
+from spinlm.training.checkpoints import Arguments
 from spinlm.training.losses import LOSSES, spin_margin
 
 LOG_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -43,7 +44,7 @@ class WrongOpponent(UserError):
 
 
 @dataclass
-class SPINConfig(TrainingArguments):
+class SPINConfig(Arguments):
     """TrainingArguments, and what SPIN adds to them."""
 
     beta: float = field(default=0.1, metadata={"help": "The paper's lambda."})
@@ -53,10 +54,6 @@ class SPINConfig(TrainingArguments):
         super().__post_init__()
         if self.loss not in LOSSES:
             raise UserError(f"loss: {self.loss!r} is none of {', '.join(LOSSES)}")
-        self.remove_unused_columns = False
-        self.logging_nan_inf_filter = False  # would look at the loss, a device sync, at every step
-        if self.n_gpu > 1:
-            self._n_gpu = 1  # several GPUs are for torchrun or accelerate launch, not for DataParallel
 
 
 class SPINTrainer(Trainer):

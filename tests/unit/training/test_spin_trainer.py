@@ -198,6 +198,11 @@ def test_evaluation_rows_are_scored_by_the_opponent_or_not_at_all(tmp_path: Path
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (19, 2), (40, 4)])
+def test_warm_up_leaves_a_step_to_learn_in(steps: int, warmup: int, tmp_path: Path) -> None:
+    assert _config(tmp_path, warmup_steps=0.1).get_warmup_steps(steps) == warmup
+
+
 def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="row 0: is text, so SPINTrainer needs processing_class"):
         SPINTrainer(build_model("llama"), _config(tmp_path), _separable())
