@@ -154,7 +154,7 @@ class RunDir:
         Raises:
             UserError: It is a run of another recipe.
         """
-        if not self.exists() or not any((self.path / "commits").glob("[!.]*.json")):
+        if not self.exists() or not self._record_paths():
             header = {
                 "recipe": recipe.model_dump(mode="json"),
                 "versions": dict(versions),
@@ -249,8 +249,11 @@ class RunDir:
 
     def records(self) -> list[dict[str, Any]]:
         """All commits, by key."""
-        paths = sorted((self.path / "commits").glob("[!.]*.json"))
-        return [self.record(path.stem.replace("--", "/")) for path in paths]
+        return [self.record(path.stem.replace("--", "/")) for path in self._record_paths()]
+
+    def _record_paths(self) -> list[Path]:
+        """Those that are written to their end: one that is being written begins with a dot."""
+        return sorted((self.path / "commits").glob("[!.]*.json"))
 
     def verify(self, key: str) -> None:
         """Check a committed artifact's files against its record.
@@ -280,7 +283,7 @@ class RunDir:
     def repair(self) -> list[str]:
         """Forget every artifact that isn't what was committed, so that the run makes it anew."""
         broken = []
-        for path in sorted((self.path / "commits").glob("[!.]*.json")):
+        for path in self._record_paths():
             key = path.stem.replace("--", "/")
             try:
                 self.verify(key)
