@@ -1,4 +1,4 @@
-"""The one error a person is meant to read."""
+"""The one error that a person is meant to read."""
 
 
 class UserError(Exception):
@@ -7,3 +7,9 @@ class UserError(Exception):
     The message says what is wrong, where (file, row, key) and what to do. The command line prints it
     alone, without a traceback, and exits with code 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What another library says is wrong, without the pages that may follow."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

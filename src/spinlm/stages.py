@@ -141,6 +141,7 @@ class Stages:
         source = Path(self.recipe.data.source).expanduser()
         files = file_hashes(source) if source.exists() else None
         artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
+        _check_context(self.recipe, context_length(self.players.config))
         if self.processes.is_main_process and self._needs_making(artifact):
             split = self._prepare_data()
             with self._timed("data"), artifact.staging() as place:
@@ -153,7 +154,7 @@ class Stages:
             held_out=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "held_out.jsonl")],
             dropped=[Dropped(**row) for row in read_jsonl(artifact.path / "dropped.jsonl")],
         )
-        self._check_limits(split)
+        _check_measure(self.recipe, split)  # again: a forked run measures the same data by another recipe
         self._say_data(split)
         self._data_hash = artifact.hash
         return split
@@ -165,16 +166,10 @@ class Stages:
 
     def _prepare_data(self) -> Split:
         check_vocabulary(self.players.tokenizer, self.players.config)
-        _check_context(self.recipe, context_length(self.players.config))
         examples, dropped = load_examples(self.recipe.data)
         split = prepare(examples, dropped, self.renderer, self.recipe.data, self.recipe.seed)
-        self._check_limits(split)
-        return split
-
-    def _check_limits(self, split: Split) -> None:
-        """Refuse what only shows when everything else is done; a forked run has another recipe for the same data."""
-        _check_context(self.recipe, context_length(self.players.config))
         _check_measure(self.recipe, split)
+        return split
 
     def _say_data(self, split: Split) -> None:
         dropped = "".join(f"; dropped {count}: {reason}" for reason, count in split.drop_counts().items())

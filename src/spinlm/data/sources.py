@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spinlm.config import DataSection, ReasoningGymSection
-from spinlm.errors import UserError
+from spinlm.errors import UserError, first_line
 
 REASONING_GYM = "reasoning_gym:"
 
@@ -213,7 +213,7 @@ def _rows_of_parquet(path: Path) -> list[Row]:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = file.read().to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
     return [Row(f"{path.name}[{index}]", row) for index, row in enumerate(rows)]
 
 
@@ -256,7 +256,7 @@ def _rows_of_hub(section: DataSection) -> list[Row]:
         tried = f"split {section.split}" + (f" of configuration {section.config}" if section.config else "")
         raise UserError(
             f"data.source: {section.source}: not a file or directory here, and the hub said: "
-            f"{_first_line(error)} (asked for {tried})"
+            f"{first_line(error)} (asked for {tried})"
         ) from None
 
 
@@ -312,16 +312,12 @@ def _cached_task(task: str, size: int, seed: int, canonical_args: str) -> Any:
 
 def _bad_args(task: str, error: Exception, where: str = "") -> UserError:
     return UserError(
-        f"data.reasoning_gym.args: {task} doesn't take them{where}: {_first_line(error)}; "
+        f"data.reasoning_gym.args: {task} doesn't take them{where}: {first_line(error)}; "
         f"the fields of its configuration in reasoning-gym are what it takes"
     )
 
 
 # Words
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _nearest(name: str, known: Iterable[str], count: int = 1) -> str:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from spinlm.config import AdapterSection, ModelSection
-from spinlm.errors import UserError
+from spinlm.errors import UserError, first_line
 from spinlm.rundir import digest, file_hash, read_json
 
 transformers.utils.logging.disable_progress_bar()
@@ -171,7 +171,7 @@ class Players:
             return kind.from_pretrained(name, **arguments)
         except (OSError, ValueError, KeyError) as error:
             place = f"model.name: {what}{self._section.name}"
-            raise UserError(f"{place} can't be loaded: {_first_line(error)}") from None
+            raise UserError(f"{place} can't be loaded: {first_line(error)}") from None
 
     def stop_ids(self) -> list[int]:
         """The tokens that the model's own generation settings stop at."""
@@ -223,7 +223,7 @@ class Players:
                 name, dtype=self._dtype(), output_loading_info=True, **arguments
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"model.name: {name} can't be loaded: {_first_line(error)}") from None
+            raise UserError(f"model.name: {name} can't be loaded: {first_line(error)}") from None
         if loaded["missing_keys"]:
             missing = ", ".join(sorted(loaded["missing_keys"])[:3])
             raise UserError(f"model.name: {name} has no weights for {missing}, …: they would be random numbers")
@@ -379,7 +379,3 @@ def _sorted_lists(config: dict[str, Any]) -> dict[str, Any]:
         key: sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
         for key, value in config.items()
     }
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
