@@ -189,8 +189,8 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             _fail(
-                "the GPU's memory is full. Nothing committed is lost: lower generation.batch_size, scoring_batch_size "
-                "or per_device_train_batch_size, or set gradient_checkpointing."
+                "the GPU's memory is full. Nothing committed is lost: lower generation.batch_size or tokens_per_pass, "
+                "or set gradient_checkpointing."
             )
         if not _is_disk_full(error):
             raise

@@ -222,8 +222,8 @@ class TrainerSection(Section):
         }
     )
 
-    per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(8, ge=1)
+    per_device_train_batch_size: int = Field(64, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     max_steps: int = -1
     optim: str = "adamw_torch"
     weight_decay: float = 0.0
@@ -320,13 +320,15 @@ class Recipe(Section):
         run_dir: Where everything that the run makes is kept.
         iterations: T, rounds of self-play.
         seed: Of every random choice.
-        scoring_batch_size: Responses in one forward pass where nothing is trained.
+        tokens_per_pass: Tokens that go through the model together, in training and in scoring.
+        layout: How they are laid out; `auto` is the fastest that the model computes rightly.
     """
 
     run_dir: str
     iterations: int = Field(3, ge=1)
     seed: int = 0
-    scoring_batch_size: int = Field(16, ge=1)
+    tokens_per_pass: int = Field(2048, ge=1)
+    layout: Literal["auto", "shared", "packed", "plain"] = "auto"
     model: ModelSection
     data: DataSection
     adapter: AdapterSection | None = AdapterSection()

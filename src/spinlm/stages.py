@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from spinlm.config import Recipe, SFTSection, TrainingSection, at
 from spinlm.data.examples import Dropped
 from spinlm.data.formats import load_examples
-from spinlm.data.pairs import Pair, drop_identical
+from spinlm.data.pairs import Group, Pair, drop_identical
 from spinlm.data.prepare import Split, TokenizedExample, prepare
 from spinlm.data.render import Renderer
 from spinlm.errors import UserError
@@ -27,7 +27,8 @@ from spinlm.evaluation.measures import HeldOutAnswer, chosen_measure, measure, s
 from spinlm.evaluation.verifiers import correct
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
-from spinlm.players.logprobs import score_responses
+from spinlm.players.layouts import LAYOUTS, count_tokens
+from spinlm.players.logprobs import Method, choose_method, score_groups
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
 from spinlm.reporting.progress import Progress
 from spinlm.rundir import (
@@ -43,7 +44,7 @@ from spinlm.rundir import (
     write_jsonl,
 )
 from spinlm.training.checkpoints import Arguments, train_resumably
-from spinlm.training.sft import sft_trainer
+from spinlm.training.sft import SFTTrainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
 ENGINES = {"transformers": TransformersEngine}
@@ -126,6 +127,7 @@ class Stages:
         extra = recipe.training.model_extra or {}
         self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
         self.players = Players(recipe.model, recipe.adapter, self._precision)
+        self._chosen_method: Method | None = None
         self._weights_kind = "adapter" if recipe.adapter is not None else "model"
         self._check_trainer_settings()
 
@@ -232,7 +234,9 @@ class Stages:
                 learning_rate=section.learning_rate,
                 num_train_epochs=section.num_train_epochs,
             )
-            return sft_trainer(model, args, examples, self.renderer.pad_id)
+            return SFTTrainer(
+                model, args, examples, self.renderer.pad_id, self._method(start), self.recipe.tokens_per_pass
+            )
 
         return self._train(name, name, name, start, inputs, make_trainer)
 
@@ -293,8 +297,9 @@ class Stages:
                 loss=section.loss,
                 learning_rate=learning_rate,
                 num_train_epochs=epochs,
+                tokens_per_pass=self.recipe.tokens_per_pass,
             )
-            trainer = SPINTrainer(model, args, scored.pairs, pad_id=self.renderer.pad_id)
+            trainer = SPINTrainer(model, args, scored.pairs, pad_id=self.renderer.pad_id, method=self._method(opponent))
             trainer.dropped_identical = scored.identical
             return trainer
 
@@ -417,30 +422,42 @@ class Stages:
         on_progress: OnProgress,
     ) -> list[dict[str, Any]]:
         """Each different response of an example once."""
-        wanted = {
-            (place, tuple(ids)): (example.prompt_ids, ids)
-            for place, (example, others) in enumerate(rows)
-            for ids in [example.real_ids, *(ids for answers in others.values() for ids in answers)]
-        }
-        names, responses = list(wanted), list(wanted.values())
-        logprobs: dict[tuple[int, tuple[int, ...]], float] = {}
-        model = self.players.opponent(player)
+        different = [
+            list(dict.fromkeys(map(tuple, [example.real_ids, *chain.from_iterable(others.values())])))
+            for example, others in rows
+        ]
+        groups = [Group(example.prompt_ids, ids) for (example, _), ids in zip(rows, different, strict=True)]
+        logprobs: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
+        model, method = self.players.opponent(player), self._method(player)
         with self.players.autocast():
-            for places, values in score_responses(
-                model, responses, self.recipe.scoring_batch_size, self.renderer.pad_id
+            for places, values in score_groups(
+                model, groups, method, self.recipe.tokens_per_pass, self.renderer.pad_id
             ):
-                logprobs.update({names[i]: value for i, value in zip(places, values, strict=True)})
-                on_progress(sum(len(responses[i][0]) + len(responses[i][1]) for i in places), len(places))
+                for place, scored in zip(places, values, strict=True):
+                    logprobs[place] = dict(zip(different[place], scored, strict=True))
+                tokens = count_tokens([groups[place] for place in places], method.layout)
+                on_progress(tokens, sum(map(len, values)))
         return [
             {
                 "id": example.id,
-                "real": logprobs[place, tuple(example.real_ids)],
-                "others": {
-                    source: [logprobs[place, tuple(ids)] for ids in answers] for source, answers in others.items()
-                },
+                "real": known[tuple(example.real_ids)],
+                "others": {source: [known[tuple(ids)] for ids in answers] for source, answers in others.items()},
             }
-            for place, (example, others) in enumerate(rows)
+            for (example, others), known in zip(rows, logprobs, strict=True)
         ]
+
+    def _method(self, player: Player) -> Method:
+        """How log-probs are computed: the fastest way that is right for the model, found out once."""
+        if self._chosen_method is None:
+            layouts = LAYOUTS if self.recipe.layout == "auto" else (self.recipe.layout,)
+            model = self.players.opponent(player)
+            with self.players.autocast():
+                self._chosen_method = choose_method(
+                    model, _telling_groups(self.data.train), self.renderer.pad_id, self.players.compute_dtype, layouts
+                )
+            because = f" ({self._chosen_method.reason})" if self._chosen_method.reason else ""
+            self.progress.say(f"layout: {self._chosen_method.layout}{because}")
+        return self._chosen_method
 
     def _shards(
         self,
@@ -622,6 +639,15 @@ def _check_measure(recipe: Recipe, split: Split) -> None:
             f"evaluation.select_by: {select_by} can't be measured, since {recipe.data.source} has no verifier; "
             "choose real_nll, truncation_rate or repetition_rate"
         )
+
+
+def _telling_groups(examples: Sequence[TokenizedExample]) -> list[Group]:
+    """Each prompt with its real response and, as a second one, what fits of another example's."""
+    partners = [*examples[1:], *examples[:1]]
+    return [
+        Group(one.prompt_ids, [one.real_ids, other.real_ids[: len(one.real_ids)]])
+        for one, other in zip(examples, partners, strict=True)
+    ]
 
 
 def _stage(title: str) -> str:

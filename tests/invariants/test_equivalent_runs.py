@@ -85,7 +85,8 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, without_sft: Path) -> 
 
 
 def test_two_processes_are_one(one_process: Path) -> None:
-    changes = ("sft={}", "iterations=2", *SGD, "training.gradient_accumulation_steps=1")
+    """In passes so small that each process takes several for its part, and another number than its neighbour."""
+    changes = ("sft={}", "iterations=2", *SGD, "training.gradient_accumulation_steps=1", "tokens_per_pass=60")
     sft = ("sft.per_device_train_batch_size=2", "sft.gradient_accumulation_steps=1")
     arguments = ("run", "recipe.yaml", *changes, *sft, "run_dir=runs/two")
     succeeded(spinlm_process(*arguments, cwd=one_process, launcher=TORCHRUN))

@@ -13,7 +13,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import tiny
-from spinlm.data.pairs import Pair, collate_pairs
+from spinlm.data.pairs import Pair
+from spinlm.players.layouts import LAYOUTS, Layout, lay_out_pairs
+from spinlm.players.logprobs import Method, response_logprobs, scoring
 from spinlm.training.losses import LOSSES, spin_margin
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 from unit.players.families import build_model
@@ -74,7 +76,7 @@ def _opponent(family: str) -> Any:
     return model
 
 
-def _trainers(family: str, directory: Path, **settings: Any) -> tuple[SPINTrainer, Any]:
+def _trainers(family: str, directory: Path, method: Method | None = None, **settings: Any) -> tuple[SPINTrainer, Any]:
     """Ours and TRL's, both made while the model is the opponent."""
     settings = {
         "per_device_train_batch_size": len(TEXTS),
@@ -94,6 +96,7 @@ def _trainers(family: str, directory: Path, **settings: Any) -> tuple[SPINTraine
         SPINConfig(output_dir=str(directory / "ours"), **settings),
         _dataset(),
         processing_class=tiny.build_tokenizer(TEMPLATE),
+        method=method,
     )
     theirs = trl.DPOTrainer(
         copy.deepcopy(opponent),
@@ -120,9 +123,10 @@ def _backward(loss: Tensor, model: Any) -> dict[str, Tensor]:
     return dict(zip(adapter, torch.autograd.grad(loss, list(adapter.values())), strict=True))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["llama", "gpt_neo"])
-def test_logprobs_margins_loss_and_gradients_are_those_of_dpo(family: str, tmp_path: Path) -> None:
-    ours, theirs = _trainers(family, tmp_path)
+def test_logprobs_margins_loss_and_gradients_are_those_of_dpo(family: str, layout: Layout, tmp_path: Path) -> None:
+    ours, theirs = _trainers(family, tmp_path, Method(layout))
     pairs: list[Pair] = list(ours.train_dataset)
     assert [(p.prompt_ids, p.real_ids, p.synthetic_ids) for p in pairs] == [
         (row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in _rows(theirs)
@@ -130,24 +134,28 @@ def test_logprobs_margins_loss_and_gradients_are_those_of_dpo(family: str, tmp_p
     for trainer in (ours, theirs):
         _perturb(trainer.model, seed=2, scale=0.2)  # now the main player
         trainer.model.train()
-    batch = collate_pairs(pairs, pad_id=tiny.END_OF_TEXT)
+    batch = lay_out_pairs(pairs, layout, pad_id=tiny.END_OF_TEXT)
     their_batch = theirs.data_collator(_rows(theirs))
 
-    loss, outputs = ours.compute_loss(ours.model, batch, return_outputs=True)
+    with scoring(ours.model, ours.method):
+        loss, outputs = ours.compute_loss(ours.model, batch, return_outputs=True)
+        logprobs = response_logprobs(ours.model, batch)
+        gradients = _backward(loss, ours.model)
+    our_logprobs = torch.cat([logprobs[batch["real"]], logprobs[batch["synthetic"]]])
+    our_reference = torch.cat([batch["opponent_real"], batch["opponent_synthetic"]])
     their_loss = theirs.compute_loss(theirs.model, their_batch)
-    _, our_logprobs = ours._margins(ours.model, batch)
     their_logprobs = _fused_logprobs(theirs.model, their_batch)
     their_reference = torch.cat(theirs.compute_ref_log_probs(theirs.model, their_batch))
     their_margin = spin_margin(*their_logprobs.chunk(2), *their_reference.chunk(2), BETA)
 
-    torch.testing.assert_close(batch["opponent_logprobs"], their_reference, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(our_reference, their_reference, atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(our_logprobs, their_logprobs, atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(outputs["margin"], their_margin, atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=1e-6)
     assert outputs["margin"].abs().min() > 1e-3, "the players differ on every pair"
     assert abs(loss.item() - LOSSES["logistic"](torch.zeros(())).item()) > 1e-3
 
-    gradients, their_gradients = _backward(loss, ours.model), _backward(their_loss, theirs.model)
+    their_gradients = _backward(their_loss, theirs.model)
     assert gradients.keys() == their_gradients.keys()
     assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-2
     for name, gradient in gradients.items():
@@ -159,8 +167,8 @@ def test_each_pair_alone_has_the_rewards_of_dpo(tmp_path: Path) -> None:
     for trainer in (ours, theirs):
         _perturb(trainer.model, seed=2, scale=0.2)
     for pair, row in zip(ours.train_dataset, _rows(theirs), strict=True):
-        with torch.no_grad():
-            ours.compute_loss(ours.model, collate_pairs([pair], pad_id=0))
+        with torch.no_grad(), scoring(ours.model, ours.method):
+            ours.compute_loss(ours.model, ours.lay_out([pair]))
             theirs.compute_loss(theirs.model, theirs.data_collator([row]))
         metrics = ours._take_metrics("train" if ours.model.training else "eval")
         their_metrics = theirs._metrics["train" if theirs.model.training else "eval"]

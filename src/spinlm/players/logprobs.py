@@ -1,15 +1,28 @@
-"""Log-probs of responses: the only place where tokens are shifted against the logits that predict them."""
+"""Log-probs of responses by the forward pass of training, in the fastest layout that a model computes rightly."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spinlm.data.pairs import ResponseBatch, collate_responses
+from spinlm.data.pairs import Group
+from spinlm.errors import UserError, first_line
+from spinlm.players.attention import SegmentedAttention, segmented_attention, takes_segments
+from spinlm.players.head import LogitScale, head_logprobs
+from spinlm.players.layouts import LAYOUTS, Layout, ResponseBatch, Segment, count_tokens, into_passes, lay_out
+from spinlm.players.linear import fast_linear_layers
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two computations of one log-prob may be apart, times the square root of the response's tokens."""
+    return {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}.get(dtype, 0.2)
 
 
 def widest_float(device: torch.device) -> torch.dtype:
@@ -17,38 +30,203 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def causal_lm(model: Any) -> Any:
+    """The causal language model inside an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the log-probs of responses are computed.
+
+    Attributes:
+        layout: Of a batch.
+        fused_head: Whether they come straight from the hidden states; else from the logits of response positions.
+        reason: Why not by a faster method, in words; empty where there is none.
+    """
+
+    layout: Layout = "plain"
+    fused_head: bool = True
+    reason: str = ""
+
+
+@contextmanager
+def scoring(model: Any, method: Method) -> Iterator[None]:
+    """While it lasts, `model(..., predicting=, targets=, segments=)` gives log-probs [R] in place of logits.
+
+    Forward and backward passes both belong inside: checkpointed layers are computed again in the backward pass.
+
+    Args:
+        model: A causal language model, with or without an adapter, not yet wrapped for distribution.
+        method: For the batches to come.
+    """
+    inner = causal_lm(model)
+    with ExitStack() as stack:
+        stack.enter_context(fast_linear_layers(inner))
+        attention = stack.enter_context(segmented_attention(inner)) if method.layout != "plain" else None
+        own = vars(inner).get("forward")
+        inner.forward = _ScoringForward(inner, attention, method.fused_head)
+        try:
+            yield
+        finally:
+            del inner.forward
+            if own is not None:
+                inner.forward = own
+
+
+class _ScoringForward:
+    """A causal language model's forward that gives the targets' log-probs."""
+
+    def __init__(self, model: Any, attention: SegmentedAttention | None, fused_head: bool) -> None:
+        self._forward = model.forward
+        self._head = model.get_output_embeddings()
+        self._scale = LogitScale.of(model.config) if fused_head and self._head is not None else None
+        self._attention = attention
+
+    def __call__(
+        self,
+        *args: Any,
+        predicting: Tensor | None = None,
+        targets: Tensor | None = None,
+        segments: Sequence[Segment] = (),
+        **kwargs: Any,
+    ) -> Any:
+        if predicting is None or targets is None:
+            return self._forward(*args, **kwargs)
+        if self._attention is not None:
+            self._attention.segments = segments
+        if self._scale is None:
+            logits = self._forward(*args, **kwargs).logits.flatten(0, -2).index_select(0, predicting)
+            return -F.cross_entropy(logits.float(), targets, reduction="none")
+        return self._fused(self._scale, predicting, targets, *args, **kwargs)
+
+    def _fused(self, scale: LogitScale, predicting: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        logprobs: list[Tensor] = []
+
+        def score(head: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            """Within the model's forward: whatever is set up there (autocast, gathered weights) holds for the head."""
+            hook.remove()
+            hidden = inputs[0]
+            chosen = hidden.flatten(0, -2).index_select(0, predicting)
+            logprobs.append(head_logprobs(head, scale, chosen, targets))
+            return (hidden[:1, :1].detach(),)
+
+        hook = self._head.register_forward_pre_hook(score)
+        try:
+            self._forward(*args, **kwargs)
+        finally:
+            hook.remove()
+        return logprobs[0]
+
+
 def response_logprobs(model: Any, batch: ResponseBatch) -> Tensor:
     """The log-prob of each response: the sum over its tokens, end-of-turn included, in float32, [N].
 
     Args:
-        model: A causal language model, possibly wrapped for distribution.
-        batch: N prompts with a response each.
+        model: A causal language model, possibly wrapped for distribution, made ready by `scoring`.
+        batch: N responses.
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    predicting = logits.flatten(0, 1).index_select(0, batch["positions"])
-    token_logprobs = -F.cross_entropy(predicting.float(), batch["targets"], reduction="none")
-    sums = torch.zeros(len(batch["input_ids"]), dtype=torch.float32, device=token_logprobs.device)
-    return sums.index_add(0, batch["rows"], token_logprobs)
+    arguments = {} if batch["position_ids"] is None else {"position_ids": batch["position_ids"]}
+    logprobs = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        predicting=batch["predicting"],
+        targets=batch["targets"],
+        segments=batch["segments"],
+        use_cache=False,
+        **arguments,
+    )
+    sums = torch.zeros(len(batch["lengths"]), dtype=torch.float32, device=logprobs.device)
+    return sums.index_add(0, batch["owners"], logprobs)
+
+
+def logprobs_from_logits(model: Any, group: Group) -> Tensor:
+    """The same for one group by the model's own logits, one response at a time: slow, and beyond doubt."""
+    device = next(model.parameters()).device
+    sums = []
+    for response in group.responses:
+        ids = torch.tensor([[*group.prompt_ids, *response]], device=device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        predicting = logits[0, len(group.prompt_ids) - 1 : -1].float()
+        sums.append(-F.cross_entropy(predicting, ids[0, len(group.prompt_ids) :], reduction="sum"))
+    return torch.stack(sums)
 
 
 @torch.no_grad()
-def score_responses(
-    model: Any,
-    responses: Sequence[tuple[Sequence[int], Sequence[int]]],
-    batch_size: int,
-    pad_id: int,
-) -> Iterator[tuple[list[int], list[float]]]:
-    """The log-probs of many (prompt ids, response ids) couples, batch by batch.
-
-    Longest first, so that a batch that doesn't fit shows itself at once and padding stays small.
+def score_groups(
+    model: Any, groups: Sequence[Group], method: Method, tokens_per_pass: int, pad_id: int
+) -> Iterator[tuple[list[int], list[list[float]]]]:
+    """The log-probs of many groups' responses, pass by pass.
 
     Yields:
-        The places of a batch's responses in the input, and their log-probs.
+        The places of a pass's groups in the input, and the log-probs of their responses.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(responses)), key=lambda i: -len(responses[i][0]) - len(responses[i][1]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        batch: Any = collate_responses([responses[i] for i in places], pad_id)
-        on_device: Any = {name: tensor.to(device) for name, tensor in batch.items()}
-        yield places, response_logprobs(model, on_device).tolist()
+    with scoring(model, method):
+        for places in into_passes(
+            range(len(groups)), lambda places: count_tokens([groups[i] for i in places], method.layout), tokens_per_pass
+        ):
+            batch: Any = lay_out([groups[i] for i in places], method.layout, pad_id)
+            on_device = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+            values = iter(response_logprobs(model, on_device).tolist())  # type: ignore[arg-type]
+            yield list(places), [[next(values) for _ in groups[i].responses] for i in places]
+
+
+def all_scores(
+    model: Any, groups: Sequence[Group], method: Method, tokens_per_pass: int, pad_id: int
+) -> list[list[float]]:
+    """The log-probs of each group's responses."""
+    scores: list[list[float]] = [[] for _ in groups]
+    for places, values in score_groups(model, groups, method, tokens_per_pass, pad_id):
+        for place, scored in zip(places, values, strict=True):
+            scores[place] = scored
+    return scores
+
+
+@torch.no_grad()
+def choose_method(
+    model: Any, groups: Sequence[Group], pad_id: int, dtype: torch.dtype, layouts: Sequence[Layout] = LAYOUTS
+) -> Method:
+    """The fastest method that agrees with the model's own logits on the longest group, a middling and the shortest.
+
+    Args:
+        model: In evaluation mode.
+        groups: The run's own, with two or more responses each.
+        pad_id: For the plain layout.
+        dtype: Of the forward pass: what differs by less than its rounding agrees.
+        layouts: To choose from, the fastest first.
+
+    Raises:
+        UserError: None agrees.
+    """
+    by_length = sorted(groups, key=lambda one: -count_tokens([one], "shared"))
+    groups = [by_length[place] for place in sorted({0, len(groups) // 2, len(groups) - 1})]
+    expected = [logprobs_from_logits(model, one).tolist() for one in groups]
+    if not all(math.isfinite(value) for values in expected for value in values):
+        raise UserError("model.name: this model's log-probs are not finite numbers; try model.dtype=float32")
+    reasons: list[str] = []
+    for fused_head in (True, False):
+        for layout in layouts:
+            method = Method(layout, fused_head, "; ".join(reasons))
+            problem = _disagreement(model, groups, expected, method, pad_id, tolerance(dtype))
+            if problem is None:
+                return method
+            reasons.append(f"{layout}{' with a fused head' if fused_head else ''}: {problem}")
+    raise UserError(f"layout: this model's log-probs come out wrong in every layout tried: {'; '.join(reasons)}")
+
+
+def _disagreement(
+    model: Any, groups: Sequence[Group], expected: list[list[float]], method: Method, pad_id: int, allowed: float
+) -> str | None:
+    if method.layout != "plain" and not takes_segments(causal_lm(model)):
+        return "the model has no attention that could be told what belongs together"
+    try:
+        scores = all_scores(model, groups, method, tokens_per_pass=2**62, pad_id=pad_id)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        return f"it can't be computed: {first_line(error)}"
+    worst = max(
+        abs(ours - theirs) / len(response) ** 0.5
+        for one, scored, wanted in zip(groups, scores, expected, strict=True)
+        for response, ours, theirs in zip(one.responses, scored, wanted, strict=True)
+    )
+    return None if worst <= allowed else f"log-probs differ by {worst:.2g} times the square root of their tokens"

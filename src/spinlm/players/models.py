@@ -101,6 +101,11 @@ class Players:
         dtype = torch.float16 if self._precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=bool(self._precision))
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the forward pass of the model seated."""
+        return compute_dtype(self._model, self._precision)
+
     def _seat(self, player: Player, trainable: bool, seed: int = 0) -> None:
         if self._adapter is None:
             self.forget()
@@ -280,6 +285,16 @@ def without_dropout(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def compute_dtype(model: Any, precision: str = "") -> torch.dtype:
+    """The dtype that a model's forward pass rounds to, under `bf16` or `fp16` autocast or none."""
+    if precision == "bf16" or getattr(model, "is_loaded_in_4bit", False):
+        return torch.bfloat16
+    if precision == "fp16":
+        return torch.float16
+    dtype: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return dtype
 
 
 def context_length(config: Any) -> int | None:

@@ -1,36 +1,52 @@
-"""The supervised stage: transformers' Trainer on the real responses alone."""
+"""The supervised stage: the real responses' tokens alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import torch
-from transformers import Trainer
-
-from spinlm.data.pairs import collate_responses
+from spinlm.data.pairs import Group
 from spinlm.data.prepare import TokenizedExample
+from spinlm.players.layouts import ResponseBatch, count_tokens, lay_out
+from spinlm.players.logprobs import Method, response_logprobs
 from spinlm.training.checkpoints import Arguments
-
-IGNORED = -100
-"""The label that transformers' losses leave out."""
+from spinlm.training.passes import PassTrainer
 
 
-def sft_trainer(model: Any, args: Arguments, examples: Sequence[TokenizedExample], pad_id: int) -> Trainer:
-    """A Trainer on the examples' response tokens; prompts are read, not learned."""
+class SFTTrainer(PassTrainer[TokenizedExample]):
+    """Cross-entropy, averaged over the response tokens of the optimiser's whole batch."""
 
-    collate = partial(collate_supervised, pad_id=pad_id)
-    return Trainer(model=model, args=args, data_collator=collate, train_dataset=list(examples))
+    def __init__(
+        self,
+        model: Any,
+        args: Arguments,
+        examples: Sequence[TokenizedExample],
+        pad_id: int,
+        method: Method,
+        tokens_per_pass: int,
+    ) -> None:
+        self.method = method
+        self.tokens_per_pass = tokens_per_pass
+        self._pad_id = pad_id
+        super().__init__(model=model, args=args, train_dataset=list(examples))
+
+    def count_items(self, rows: Sequence[TokenizedExample]) -> int:
+        return sum(len(row.real_ids) for row in rows)
+
+    def count_tokens(self, rows: Sequence[TokenizedExample]) -> int:
+        return count_tokens(_groups(rows), self.method.layout)
+
+    def lay_out(self, rows: Sequence[TokenizedExample]) -> ResponseBatch:
+        return lay_out(_groups(rows), self.method.layout, self._pad_id)
+
+    def compute_loss(
+        self, model: Any, inputs: ResponseBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The negative log-likelihood of a token."""
+        processes = self.accelerator.num_processes if model.training else 1
+        loss = -response_logprobs(model, inputs).sum() * processes / num_items_in_batch
+        return (loss, {}) if return_outputs else loss
 
 
-def collate_supervised(batch: Sequence[TokenizedExample], pad_id: int) -> dict[str, torch.Tensor]:
-    """Token ids, mask and labels, [N, T]; prompt and padding are labelled IGNORED."""
-    laid_out = collate_responses([(example.prompt_ids, example.real_ids) for example in batch], pad_id)
-    labels = torch.full_like(laid_out["input_ids"], IGNORED)
-    labels.view(-1)[laid_out["positions"] + 1] = laid_out["targets"]
-    return {
-        "input_ids": laid_out["input_ids"],
-        "attention_mask": laid_out["attention_mask"],
-        "labels": labels,
-    }
+def _groups(rows: Sequence[TokenizedExample]) -> list[Group]:
+    return [Group(row.prompt_ids, [row.real_ids]) for row in rows]

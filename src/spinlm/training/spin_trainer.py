@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, set_seed
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from spinlm.config import PromptSection
 from spinlm.data.examples import Message
-from spinlm.data.pairs import Pair, PairBatch, collate_pairs, drop_identical
+from spinlm.data.pairs import Pair, by_prompt, drop_identical, group_pairs
 from spinlm.data.render import Renderer, RenderError
 from spinlm.errors import UserError
-from spinlm.players.logprobs import response_logprobs, score_responses, widest_float
-from spinlm.players.models import switch_off_dropout, without_dropout
+from spinlm.players.layouts import PairBatch, count_tokens, lay_out_pairs
+from spinlm.players.logprobs import (
+    Method,
+    all_scores,
+    choose_method,
+    response_logprobs,
+    scoring,
+    tolerance,
+    widest_float,
+)
+from spinlm.players.models import compute_dtype, switch_off_dropout, without_dropout
 from spinlm.training.checkpoints import Arguments
 from spinlm.training.losses import LOSSES, spin_margin
-
-LOG_RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-"""How far a log-ratio may be from 0 at an iteration's start, times the square root of the response's tokens."""
+from spinlm.training.passes import PassTrainer
 
 _PAIR_METRICS = (
     "margin",
@@ -49,6 +58,7 @@ class SPINConfig(Arguments):
 
     beta: float = field(default=0.1, metadata={"help": "The paper's lambda."})
     loss: str = field(default="logistic", metadata={"help": "logistic, hinge, exponential or correlation."})
+    tokens_per_pass: int = field(default=2048, metadata={"help": "Tokens that go through the model together."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +66,7 @@ class SPINConfig(Arguments):
             raise UserError(f"loss: {self.loss!r} is none of {', '.join(LOSSES)}")
 
 
-class SPINTrainer(Trainer):
+class SPINTrainer(PassTrainer[Pair]):
     """Trains the main player to prefer real responses over the opponent's (paper, equation 4.7).
 
     The dataset's rows are `Pair`s, or mappings with `prompt`, `real` and `synthetic` (or TRL's `chosen`
@@ -67,6 +77,9 @@ class SPINTrainer(Trainer):
     then gets no end-of-turn token.
     Pairs of identical responses are dropped and counted. The model's own dropout is switched off; an
     adapter's stays.
+
+    The optimiser's batch is `per_device_train_batch_size` times `gradient_accumulation_steps` pairs in each
+    process; pairs with the same prompt come together, in an order that is a function of the seed and the epoch.
 
     Attributes:
         dropped_identical: How many pairs were.
@@ -83,6 +96,7 @@ class SPINTrainer(Trainer):
         processing_class: Any = None,
         peft_config: Any = None,
         pad_id: int | None = None,
+        method: Method | None = None,
         **kwargs: Any,
     ) -> None:
         """See Trainer for what isn't named here.
@@ -95,6 +109,8 @@ class SPINTrainer(Trainer):
             processing_class: The tokenizer; only rows of text need it.
             peft_config: Adds an adapter to the model.
             pad_id: Fills batches; default: the tokenizer's padding token, else 0.
+            method: How log-probs are computed; default: the fastest that agrees with the model's own logits on some
+                of the pairs.
         """
         args = SPINConfig("tmp_trainer") if args is None else args
         if isinstance(model, str):
@@ -113,50 +129,83 @@ class SPINTrainer(Trainer):
         self._last_log = time.perf_counter()
         self._start_checked = False
         self.dropped_identical = 0
+        self.tokens_per_pass = args.tokens_per_pass
         super().__init__(
             model=model,
             args=args,
-            data_collator=partial(collate_pairs, pad_id=self._pad_id),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
-        prepare = PairReader(model, processing_class, args.per_device_train_batch_size, self._pad_id)
-        with self.accelerator.autocast():  # the model is on its device now: score as training will
-            if train_dataset is not None:
-                self.train_dataset, self.dropped_identical = drop_identical(prepare(train_dataset))
+        read = PairReader(processing_class)
+        train, evaluation = (None if rows is None else read(rows) for rows in (train_dataset, eval_dataset))
+        with without_dropout(self.model), self.accelerator.autocast():  # on its device now: as training will compute
+            self.method = method or self._choose_method([*(train or []), *(evaluation or [])])
+            if train is not None:
+                self.train_dataset, self.dropped_identical = drop_identical(self._scored(train))
                 if not self.train_dataset:
                     raise UserError("train_dataset: no pair whose responses differ, so there is nothing to learn")
-            if eval_dataset is not None:
-                self.eval_dataset = drop_identical(prepare(eval_dataset))[0]
-        self.model_accepts_loss_kwargs = True  # our compute_loss divides by the optimiser's whole batch itself
+            if evaluation is not None:
+                self.eval_dataset = drop_identical(self._scored(evaluation))[0]
+
+    def _choose_method(self, pairs: Sequence[Pair]) -> Method:
+        return choose_method(self.model, group_pairs(pairs)[0], self._pad_id, self._compute_dtype())
+
+    def _scored(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The model as it stands is the opponent of those that bring no log-probs."""
+        places = [
+            place
+            for place, pair in enumerate(pairs)
+            if math.isnan(pair.opponent_real_logprob) or math.isnan(pair.opponent_synthetic_logprob)
+        ]
+        groups, real, synthetic = group_pairs([pairs[place] for place in places])
+        scores = all_scores(self.model, groups, self.method, self.tokens_per_pass, self._pad_id)
+        logprobs = list(chain.from_iterable(scores))
+        pairs = list(pairs)
+        for place, r, s in zip(places, real, synthetic, strict=True):
+            pairs[place] = replace(
+                pairs[place], opponent_real_logprob=logprobs[r], opponent_synthetic_logprob=logprobs[s]
+            )
+        return pairs
+
+    # --- batches ---
+
+    def count_items(self, rows: Sequence[Pair]) -> int:
+        return len(rows)
+
+    def count_tokens(self, rows: Sequence[Pair]) -> int:
+        return count_tokens(group_pairs(rows)[0], self.method.layout)
+
+    def bundles(self, rows: Sequence[Pair]) -> list[list[Pair]]:
+        return [[rows[place] for place in places] for places in by_prompt(rows)]
+
+    def lay_out(self, rows: Sequence[Pair]) -> PairBatch:
+        return lay_out_pairs(rows, self.method.layout, self._pad_id)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        sampler = PromptSampler(self.train_dataset, self.args.data_seed or self.args.seed)
+        self.add_callback(_SetEpoch(sampler))
+        return sampler
 
     # --- the step ---
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], int]:
-        """The optimiser's batch, and its number of pairs over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return batches, sum(len(batch["truncated"]) for batch in batches) * self.accelerator.num_processes
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One forward and backward pass; before the first, the start is checked."""
+        """Forward and backward, pass by pass; before the first, the start is checked."""
         if not self._start_checked and self.state.global_step == 0:
-            self._check_start(model, self._prepare_inputs(inputs))
+            self._check_start(model, self.passes(inputs["rows"])[0])
         self._start_checked = True
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return loss
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: Any, inputs: PairBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss: the mean over the optimiser's whole batch, whatever its division into passes and processes."""
-        margin, logprobs = self._margins(model, inputs)
-        losses = LOSSES[self.args.loss](margin)
-        pairs = num_items_in_batch if model.training and num_items_in_batch else len(losses)
+        margin, log_ratios = self._margins(model, inputs)
         processes = self.accelerator.num_processes if model.training else 1
-        self._add_metrics("train" if model.training else "eval", inputs, margin.detach(), logprobs.detach())
-        loss = losses.sum() * processes / pairs
+        self._add_metrics("train" if model.training else "eval", inputs, margin.detach(), log_ratios.detach())
+        pairs = len(margin) if num_items_in_batch is None else num_items_in_batch
+        loss = LOSSES[self.args.loss](margin).sum() * processes / pairs
         return (loss, {"margin": margin}) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -170,37 +219,30 @@ class SPINTrainer(Trainer):
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss of an evaluation batch; its metrics are those of training with `eval_` before them."""
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
-
     def _margins(self, model: Any, inputs: PairBatch) -> tuple[Tensor, Tensor]:
-        """Margins [B] and the main player's log-probs [2B]."""
+        """Margins [B], and log-ratios of the real and synthetic responses, [2, B]."""
         logprobs = response_logprobs(model, inputs)
-        real, synthetic = logprobs.chunk(2)
-        opponent_real, opponent_synthetic = inputs["opponent_logprobs"].chunk(2)
-        return spin_margin(real, synthetic, opponent_real, opponent_synthetic, self.args.beta), logprobs
+        real, synthetic = logprobs[inputs["real"]], logprobs[inputs["synthetic"]]
+        opponent_real, opponent_synthetic = inputs["opponent_real"], inputs["opponent_synthetic"]
+        margin = spin_margin(real, synthetic, opponent_real, opponent_synthetic, self.args.beta)
+        return margin, torch.stack([real - opponent_real, synthetic - opponent_synthetic])
 
     @torch.no_grad()
-    def _check_start(self, model: Any, inputs: PairBatch) -> None:
+    def _check_start(self, model: Any, rows: Sequence[Pair]) -> None:
         """At the start main player and opponent are one: every margin is 0, the logistic loss ln 2.
 
         Raises:
             WrongOpponent: They aren't.
         """
-        with without_dropout(model), self.compute_loss_context_manager():
-            margin, logprobs = self._margins(model, inputs)
-        log_ratios = (logprobs - inputs["opponent_logprobs"]).abs()
-        worst = float((log_ratios / inputs["response_lengths"].sqrt()).max())
-        tolerance = LOG_RATIO_TOLERANCE.get(self._compute_dtype(), 0.2)
-        if not worst <= tolerance:
+        inputs = self._prepare_inputs(self.lay_out(rows))
+        with scoring(self.model, self.method), without_dropout(model), self.compute_loss_context_manager():
+            margin, log_ratios = self._margins(model, inputs)
+        worst = float((log_ratios.abs() / _lengths(inputs).sqrt()).max())
+        allowed = tolerance(self._compute_dtype())
+        if not worst <= allowed:
             raise WrongOpponent(
-                f"the main player doesn't start as the opponent: a log-ratio of {float(log_ratios.max()):.4g} where "
-                f"0 is due (tolerance {tolerance} times the square root of a response's tokens). The opponent's "
+                f"the main player doesn't start as the opponent: a log-ratio of {float(log_ratios.abs().max()):.4g} "
+                f"where 0 is due (tolerance {allowed} times the square root of a response's tokens). The opponent's "
                 "log-probs were computed by other weights, in another precision or with another prompt: compute "
                 "them anew."
             )
@@ -209,35 +251,25 @@ class SPINTrainer(Trainer):
         )
 
     def _compute_dtype(self) -> torch.dtype:
-        if self.args.bf16 or getattr(self.model, "is_loaded_in_4bit", False):
-            return torch.bfloat16
-        if self.args.fp16:
-            return torch.float16
-        dtype: torch.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        return dtype
+        return compute_dtype(self.model, "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "")
 
     # --- what is logged ---
 
-    def _add_metrics(self, mode: str, inputs: PairBatch, margin: Tensor, logprobs: Tensor) -> None:
+    def _add_metrics(self, mode: str, inputs: PairBatch, margin: Tensor, log_ratios: Tensor) -> None:
         """Add a batch to the sums kept on the device: no sync."""
-        rewards = self.args.beta * (logprobs - inputs["opponent_logprobs"])
-        reward_real, reward_synthetic = rewards.chunk(2)
-        logprob_real, logprob_synthetic = logprobs.chunk(2)
-        length_real, length_synthetic = inputs["response_lengths"].chunk(2)
+        opponent = torch.stack([inputs["opponent_real"], inputs["opponent_synthetic"]])
         per_pair = [
             margin,
             (margin > 0).float(),
-            reward_real,
-            reward_synthetic,
-            logprob_real,
-            logprob_synthetic,
-            length_real,
-            length_synthetic,
+            *(self.args.beta * log_ratios),
+            *(log_ratios + opponent),
+            *_lengths(inputs),
             inputs["truncated"],
         ]
+        mask = inputs["attention_mask"]
+        tokens = torch.ones_like(inputs["input_ids"]) if mask is None else mask
         dtype = widest_float(margin.device)
-        sums = [values.to(dtype).sum() for values in [*per_pair, torch.ones_like(margin), inputs["attention_mask"]]]
-        added = torch.stack(sums)
+        added = torch.stack([values.to(dtype).sum() for values in [*per_pair, torch.ones_like(margin), tokens]])
         self._sums[mode] = self._sums[mode] + added if mode in self._sums else added
 
     def _take_metrics(self, mode: str) -> dict[str, float]:
@@ -265,27 +297,50 @@ class SPINTrainer(Trainer):
         super().log(logs, start_time)
 
 
-class PairReader:
-    """Makes `Pair`s of a dataset's rows; the model as it stands is the opponent where they bring no log-probs."""
+def _lengths(inputs: PairBatch) -> Tensor:
+    """Of the real and synthetic responses in tokens, [2, B]."""
+    return torch.stack([inputs["lengths"][inputs["real"]], inputs["lengths"][inputs["synthetic"]]]).float()
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, pad_id: int) -> None:
-        self._model = model
+
+class PromptSampler(Sampler[int]):
+    """All pairs in random order, those with the same prompt together: a function of the seed and the epoch."""
+
+    def __init__(self, pairs: Sequence[Pair], seed: int) -> None:
+        self._bundles = by_prompt(pairs)
+        self._length = len(pairs)
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = random.Random(f"{self._seed}/{self._epoch}")
+        return chain.from_iterable(generator.sample(self._bundles, len(self._bundles)))
+
+
+class _SetEpoch(TrainerCallback):
+    """accelerate's wrappers don't pass the epoch on to a sampler in each of their arrangements."""
+
+    def __init__(self, sampler: PromptSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class PairReader:
+    """Makes `Pair`s of a dataset's rows; NaN stands for log-probs that they don't bring."""
+
+    def __init__(self, tokenizer: Any) -> None:
         self._renderer = Renderer(tokenizer, PromptSection()) if tokenizer is not None else None
-        self._batch_size = batch_size
-        self._pad_id = pad_id
 
     def __call__(self, dataset: Any) -> list[Pair]:
         """Raises UserError, with the row's number, where a row can't be read."""
-        rows = list(dataset)
-        pairs = [row if isinstance(row, Pair) else self._pair(row, number) for number, row in enumerate(rows)]
-        unscored = [
-            place
-            for place, pair in enumerate(pairs)
-            if math.isnan(pair.opponent_real_logprob) or math.isnan(pair.opponent_synthetic_logprob)
-        ]
-        for place, pair in zip(unscored, self._scored([pairs[i] for i in unscored]), strict=True):
-            pairs[place] = pair
-        return pairs
+        return [row if isinstance(row, Pair) else self._pair(row, number) for number, row in enumerate(dataset)]
 
     def _pair(self, row: Mapping[str, Any], number: int) -> Pair:
         given = (row.get("opponent_real_logprob"), row.get("opponent_synthetic_logprob"))
@@ -322,19 +377,6 @@ class PairReader:
         if row.get("synthetic_truncated"):
             synthetic_ids.pop()  # the end-of-turn token, which it never reached
         return {"prompt_ids": prompt_ids, "real_ids": real_ids, "synthetic_ids": synthetic_ids}
-
-    def _scored(self, pairs: Sequence[Pair]) -> list[Pair]:
-        responses = [(p.prompt_ids, p.real_ids) for p in pairs] + [(p.prompt_ids, p.synthetic_ids) for p in pairs]
-        logprobs = [0.0] * len(responses)
-        with without_dropout(self._model):
-            for places, values in score_responses(self._model, responses, self._batch_size, self._pad_id):
-                for place, value in zip(places, values, strict=True):
-                    logprobs[place] = value
-        real, synthetic = logprobs[: len(pairs)], logprobs[len(pairs) :]
-        return [
-            replace(pair, opponent_real_logprob=r, opponent_synthetic_logprob=s)
-            for pair, r, s in zip(pairs, real, synthetic, strict=True)
-        ]
 
 
 def _words(response: Any) -> str:

@@ -1,56 +1,44 @@
-"""Pairs laid out as batches, worked out by hand."""
+"""Pairs that can't teach anything, and prompts with all the responses that share them, worked out by hand."""
 
-import torch
+from dataclasses import replace
 
-from spinlm.data.pairs import Pair, collate_pairs, collate_responses, drop_identical
+from spinlm.data.pairs import Group, Pair, by_prompt, drop_identical, group_pairs
 
-SHORT = Pair([1, 2], [3], [4, 5, 6], -1.5, -2.5, synthetic_truncated=True)
-LONG = Pair([7], [8, 9], [9, 8], -0.25, -4.0)
-
-
-def test_responses_beside_their_prompts() -> None:
-    batch = collate_responses([([1, 2], [3]), ([4], [5, 6, 7]), ([8, 9, 10], [])], pad_id=0)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [4, 5, 6, 7], [8, 9, 10, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
-    # 3 is predicted at place 1, where 2 is; 5, 6 and 7 where 4, 5 and 6 are, in the second row, which begins at 4.
-    assert batch["positions"].tolist() == [1, 4, 5, 6]
-    assert batch["targets"].tolist() == [3, 5, 6, 7]
-    assert batch["rows"].tolist() == [0, 1, 1, 1]
-
-
-def test_a_tokens_own_value_may_be_the_padding() -> None:
-    batch = collate_responses([([0], [0, 0]), ([0, 0, 0], [0])], pad_id=0)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch["positions"].tolist() == [0, 1, 6]
-
-
-def test_pairs_are_real_responses_and_then_synthetic_ones() -> None:
-    batch = collate_pairs([SHORT, LONG], pad_id=99)
-    assert batch["input_ids"].tolist() == [
-        [1, 2, 3, 99, 99],
-        [7, 8, 9, 99, 99],
-        [1, 2, 4, 5, 6],
-        [7, 9, 8, 99, 99],
-    ]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch["positions"].tolist() == [1, 5, 6, 11, 12, 13, 15, 16]
-    assert batch["targets"].tolist() == [3, 8, 9, 4, 5, 6, 9, 8]
-    assert batch["rows"].tolist() == [0, 1, 1, 2, 2, 2, 3, 3]
-    assert batch["opponent_logprobs"].tolist() == [-1.5, -0.25, -2.5, -4.0]
-    assert batch["opponent_logprobs"].dtype == torch.float32
-    assert batch["response_lengths"].tolist() == [1, 2, 3, 2]
-    assert batch["truncated"].tolist() == [1.0, 0.0]
-
-
-def test_each_target_is_predicted_from_the_token_before_it() -> None:
-    batch = collate_pairs([SHORT, LONG], pad_id=99)
-    flat = batch["input_ids"].flatten()
-    assert flat[batch["positions"] + 1].tolist() == batch["targets"].tolist()
-    assert flat[batch["positions"]].tolist() == [2, 7, 8, 2, 4, 5, 7, 9]
+FIRST = Pair([1, 2], [3], [4, 5, 6], -1.5, -2.5, synthetic_truncated=True)
+OTHER_PROMPT = Pair([7], [3], [9, 8], -0.25, -4.0)
 
 
 def test_identical_responses_are_dropped_and_counted() -> None:
     same, cut = Pair([1], [2, 3], [2, 3], 0.0, 0.0), Pair([1], [2, 3], [2], 0.0, 0.0)
-    assert drop_identical([SHORT, same, cut, LONG, same]) == ([SHORT, cut, LONG], 2)
+    assert drop_identical([FIRST, same, cut, OTHER_PROMPT, same]) == ([FIRST, cut, OTHER_PROMPT], 2)
     assert drop_identical([same]) == ([], 1)
     assert drop_identical([]) == ([], 0)
+
+
+def test_pairs_with_a_prompt_in_common_are_found_in_order_of_appearance() -> None:
+    prompts = [[5], [1, 2], [5], [1], [1, 2], [5]]
+    pairs = [replace(FIRST, prompt_ids=prompt) for prompt in prompts]
+    assert by_prompt(pairs) == [[0, 2, 5], [1, 4], [3]]
+    assert by_prompt([]) == []
+
+
+def test_each_prompt_is_there_once_with_each_of_its_different_responses_once() -> None:
+    pairs = [
+        FIRST,  # 0: [3], 1: [4, 5, 6]
+        OTHER_PROMPT,  # 3: [3], another prompt's; 4: [9, 8]
+        replace(FIRST, synthetic_ids=[5]),  # 0 again, 2: [5]
+        replace(FIRST, real_ids=[4, 5, 6], synthetic_ids=[3]),  # the first one, the other way round
+    ]
+    groups, real, synthetic = group_pairs(pairs)
+    assert groups == [Group([1, 2], [(3,), (4, 5, 6), (5,)]), Group([7], [(3,), (9, 8)])]
+    assert real == [0, 3, 0, 1]
+    assert synthetic == [1, 4, 2, 0]
+
+
+def test_a_pairs_numbers_lead_to_its_responses() -> None:
+    pairs = [Pair([i % 3], [i % 2, 9], [i, 8], 0.0, 0.0) for i in range(12)]
+    groups, real, synthetic = group_pairs(pairs[::-1])
+    responses = [(one.prompt_ids, list(ids)) for one in groups for ids in one.responses]
+    assert [responses[number] for number in real] == [(p.prompt_ids, p.real_ids) for p in pairs[::-1]]
+    assert [responses[number] for number in synthetic] == [(p.prompt_ids, p.synthetic_ids) for p in pairs[::-1]]
+    assert len(responses) == 3 * 2 + 12

@@ -13,12 +13,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from transformers import TrainerCallback
 
 import tiny
 from spinlm.data.pairs import Pair
 from spinlm.errors import UserError
+from spinlm.players.layouts import Layout
+from spinlm.players.logprobs import Method
 from spinlm.training.checkpoints import NonFiniteLoss, last_checkpoint, train_resumably
-from spinlm.training.spin_trainer import SPINConfig, SPINTrainer, WrongOpponent
+from spinlm.training.spin_trainer import PromptSampler, SPINConfig, SPINTrainer, WrongOpponent
 from unit.players.families import build_model
 
 PROMPTS = ["one", "two, and a longer one", "3", "four"]
@@ -277,8 +280,11 @@ def test_a_model_whose_logprobs_are_not_numbers_is_refused(tmp_path: Path) -> No
     model = build_model("llama")
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] = math.nan
+    with pytest.raises(UserError, match="this model's log-probs are not finite numbers"):
+        _trainer(tmp_path, _token_rows(4), model)
+    unchecked = SPINTrainer(model, _config(tmp_path), _token_rows(4), method=Method("shared"))
     with pytest.raises(WrongOpponent, match="a log-ratio of nan where 0 is due"):
-        _trainer(tmp_path, _token_rows(4), model).train()
+        unchecked.train()
 
 
 def test_the_other_iterations_opponent_is_refused(tmp_path: Path) -> None:
@@ -327,11 +333,29 @@ def test_logged_metrics_by_hand(tmp_path: Path) -> None:
         "logprob_per_token_synthetic": sum(log_synthetic) / sum(lengths_synthetic),
         "truncation_rate": 0.5,
         "dropped_identical": 1,
-        "tokens": sum(2 * len(row[prompt]) for row in rows[:4]) + sum(lengths_real) + sum(lengths_synthetic),
+        "tokens": sum(len(row[prompt]) for row in rows[:4]) + sum(lengths_real) + sum(lengths_synthetic),
     }
     entry = [entry for entry in trainer.state.log_history if "loss" in entry][1]
     assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert abs(expected["margin"]) > 0.1 and expected["truncation_rate"] == 0.5
+
+
+@pytest.mark.parametrize(("layout", "tokens"), [("shared", 21), ("packed", 39), ("plain", 39)])
+def test_tokens_are_those_that_are_computed(layout: Layout, tokens: int, tmp_path: Path) -> None:
+    """Three pairs with one prompt of 4 tokens, two of them with one real response: a prompt is there once, its five
+    different responses once, and another pair. Padding isn't counted."""
+    prompt = {"prompt_ids": [1, 2, 3, 4]}
+    rows = [
+        prompt | {"real_ids": [5, 6], "synthetic_ids": [7]},
+        {"prompt_ids": [9, 8], "real_ids": [5], "synthetic_ids": [6, 6]},
+        prompt | {"real_ids": [5, 6], "synthetic_ids": [8, 8, 8]},
+        prompt | {"real_ids": [5], "synthetic_ids": [9] * 5},
+    ]
+    trainer = SPINTrainer(build_model("llama"), _config(tmp_path, max_steps=1), rows, method=Method(layout))
+    trainer.train()
+    # shared: 4 + (2 + 1 + 3 + 1 + 5) + 2 + (1 + 2); else the prompt of 4 five times and that of 2 twice
+    assert _logged(trainer, "tokens") == [tokens]
+    assert _logged(trainer, "length_real") == [pytest.approx((2 + 1 + 2 + 1) / 4)]
 
 
 def test_a_pair_with_a_margin_of_0_is_not_told_apart(tmp_path: Path) -> None:
@@ -387,6 +411,85 @@ def test_evaluating_on_the_way_changes_neither_training_nor_its_log(tmp_path: Pa
     assert len(_logged(evaluated, "eval_margin")) == 4
     for name in ("loss", "margin", "logprob_real", "grad_norm"):
         assert _logged(alone, name) == _logged(evaluated, name), name
+
+
+# --- the order of the pairs ---
+
+
+def _in_order(sampler: PromptSampler, epoch: int) -> list[int]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def _pairs_of_prompts(prompts: str) -> list[Pair]:
+    return [Pair([ord(prompt)], [1, place], [2], 0.0, 0.0) for place, prompt in enumerate(prompts)]
+
+
+def test_the_order_is_a_function_of_the_seed_and_the_epoch() -> None:
+    pairs = _pairs_of_prompts("abacbdeafgb")
+    orders = [_in_order(PromptSampler(pairs, seed), epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == 6
+    assert all(sorted(order) == list(range(11)) for order in orders), "every pair once"
+    torch.rand(3)  # whatever was drawn before, and whatever the epoch before
+    again = PromptSampler(pairs, 1)
+    assert [_in_order(again, epoch) for epoch in (2, 0, 1)] == [orders[5], orders[3], orders[4]]
+    assert len(again) == 11
+
+
+def test_pairs_with_the_same_prompt_come_together() -> None:
+    prompts = "abacbdeafgb"
+    for epoch in range(5):
+        order = "".join(prompts[place] for place in _in_order(PromptSampler(_pairs_of_prompts(prompts), 0), epoch))
+        assert all(prompt * prompts.count(prompt) in order for prompt in prompts), order
+
+
+def _resumable(directory: Path, **settings: Any) -> SPINTrainer:
+    """Seven prompts with one to three pairs each: 14 pairs, 4 steps in an epoch, the last of which isn't full."""
+    rows = [row | {"prompt_ids": [i % 7 + 1] * (i % 7 + 3)} for i, row in enumerate(_token_rows(14))]
+    return SPINTrainer(
+        build_model("llama"),
+        _config(directory, num_train_epochs=2, save_strategy="steps", save_steps=1, tokens_per_pass=60, **settings),
+        rows,
+        pad_id=0,
+    )
+
+
+class _Interruption(Exception):
+    pass
+
+
+class _Interrupt(TrainerCallback):
+    """After a step's checkpoint has been written."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step:
+            raise _Interruption
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    trainer = _resumable(tmp_path_factory.mktemp("uninterrupted"))
+    return train_resumably(trainer), _weights(trainer)
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_resumed_between_and_within_epochs_it_is_the_same_training(
+    step: int, uninterrupted: Any, tmp_path: Path
+) -> None:
+    """4 is between the two epochs, 6 within the second."""
+    log, weights = uninterrupted
+    assert [entry["step"] for entry in log] == [0, *range(1, 9)]
+    trainer = _resumable(tmp_path)
+    trainer.add_callback(_Interrupt(step))
+    with pytest.raises(_Interruption):
+        train_resumably(trainer)
+    resumed = _resumable(tmp_path)
+    assert train_resumably(resumed) == log
+    for name, weight in _weights(resumed).items():
+        assert torch.equal(weight, weights[name]), name
 
 
 # --- the optimiser's batch ---
@@ -454,8 +557,8 @@ def test_the_seed_decides_the_adapter_whatever_ran_before(tmp_path: Path) -> Non
 def _late(rows: list[dict[str, Any]], trainer: SPINTrainer, step: int) -> int:
     """The place of a pair that training reaches at this step, counted from 1."""
     batches = list(trainer.get_train_dataloader())
-    target = batches[step - 1]["targets"].tolist()
-    return next(place for place, row in enumerate(rows) if row["real_ids"] == target[: len(row["real_ids"])])
+    real_ids = batches[step - 1]["rows"][0].real_ids
+    return next(place for place, row in enumerate(rows) if row["real_ids"] == real_ids)
 
 
 @pytest.mark.parametrize("poison", [math.inf, -math.inf])

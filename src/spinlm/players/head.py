@@ -1,0 +1,115 @@
+"""Log-probs of tokens straight from hidden states: the whole vocabulary is never there for more than a chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spinlm.players.linear import linear
+
+CHUNK_BYTES = 64 * 2**20
+"""Of logits in float32 at a time."""
+
+
+@dataclass(frozen=True)
+class LogitScale:
+    """What a model does to its logits after the head: `cap * tanh(factor * logits / cap)`.
+
+    Attributes:
+        factor: Granite divides, Cohere multiplies; 1 elsewhere.
+        cap: Gemma's soft cap; None elsewhere.
+    """
+
+    factor: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitScale:
+        """As a model's configuration says."""
+        text = config.get_text_config()
+        factor = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
+        return cls(float(factor), getattr(text, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The logits as the model gives them."""
+        if self.factor != 1.0:
+            logits = logits * self.factor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def head_logprobs(head: Any, scale: LogitScale, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The log-prob of each target token, in float32, [R].
+
+    Args:
+        head: From hidden states to logits: any module.
+        scale: What comes after it.
+        hidden: The states that predict the targets, [R, H].
+        targets: [R].
+    """
+    rows = max(16, CHUNK_BYTES // (4 * head_size(head)))
+    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([_chunk_logprobs(head, scale, h, t) for h, t in chunks])
+    if _is_frozen_linear(head):
+        logprobs: Tensor = _FrozenHead.apply(hidden, targets, head.weight, head.bias, scale, rows)  # type: ignore[no-untyped-call]
+        return logprobs
+    return torch.cat([checkpoint(_chunk_logprobs, head, scale, h, t, use_reentrant=False) for h, t in chunks])
+
+
+def head_size(head: Any) -> int:
+    """The number of tokens that a head tells apart."""
+    size = getattr(head, "out_features", None)
+    return int(size if size is not None else head.weight.shape[0])
+
+
+def _chunk_logprobs(head: Any, scale: LogitScale, hidden: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(scale(head(hidden)).float(), targets, reduction="none")
+
+
+def _is_frozen_linear(head: Any) -> bool:
+    """Nothing of it is trained, and its weights are whole in this process."""
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
+    return (
+        frozen and type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head.weight, "ds_id")
+    )
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Computes the gradient by the hidden states along with the log-probs, so that no logits are kept or made again.
+
+    For a token with logits z, log p(target) = z[target] - log sum exp z, whose gradient by z is
+    onehot(target) - softmax(z).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, scale: LogitScale, rows: int
+    ) -> Tensor:
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            logits = scale(linear(hidden[part], weight, bias)).float()
+            place = targets[part, None]
+            chosen = logits.gather(1, place)
+            slope = None if scale.cap is None else 1 - (logits / scale.cap).square()
+            highest = logits.amax(dim=1, keepdim=True)
+            sums = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
+            logprobs[part] = (chosen - highest - sums.log())[:, 0]
+            by_logits = logits.div_(-sums)
+            by_logits.scatter_add_(1, place, torch.ones_like(chosen))
+            if slope is not None:
+                by_logits *= slope
+            gradient[part] = linear(by_logits.to(weight.dtype), weight.t()).mul_(scale.factor)
+        ctx.save_for_backward(gradient)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None, None, None

@@ -1,0 +1,169 @@
+"""How prompts and their responses are laid out for a forward pass, and how many go into one.
+
+- `shared`: all in one row; a prompt once, then its responses side by side, each of which sees the prompt and itself.
+- `packed`: all in one row; the prompt again before each response, each couple by itself.
+- `plain`: a row for each couple, padded on the right: what every causal language model understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+
+from spinlm.data.pairs import Group, Pair, group_pairs
+
+Layout = Literal["shared", "packed", "plain"]
+LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "plain")
+"""The fastest first."""
+
+Item = TypeVar("Item")
+
+
+Segment = tuple[int, int]
+"""A stretch of a row: its length in tokens, and the number of the segment that it continues, or -1.
+
+Its tokens see those before them in it, and all of the segment that it continues.
+"""
+
+
+class ResponseBatch(TypedDict):
+    """N responses to prompts, R response tokens in all, in rows of T tokens.
+
+    Attributes:
+        input_ids: [rows, T].
+        attention_mask: [rows, T], 1 for tokens and 0 for padding; None where there are segments.
+        position_ids: [rows, T]; None where they count from 0 in each row.
+        segments: Those that the one row is made of; none in the plain layout.
+        predicting: [R], where in the flattened rows the model predicts each response token.
+        targets: [R], the response tokens.
+        owners: [R], the number of the response that each of them belongs to.
+        lengths: [N], the responses' lengths in tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
+    segments: tuple[Segment, ...]
+    predicting: Tensor
+    targets: Tensor
+    owners: Tensor
+    lengths: Tensor
+
+
+class PairBatch(ResponseBatch):
+    """B pairs, whose responses are N at most: one that several pairs share is there once.
+
+    Attributes:
+        real: [B], the number of each pair's real response.
+        synthetic: [B], the number of its synthetic response.
+        opponent_real: [B], the opponent's log-probs of the real responses.
+        opponent_synthetic: [B], those of the synthetic responses.
+        truncated: [B], 1 where the synthetic response was cut at the token cap.
+    """
+
+    real: Tensor
+    synthetic: Tensor
+    opponent_real: Tensor
+    opponent_synthetic: Tensor
+    truncated: Tensor
+
+
+def lay_out(groups: Sequence[Group], layout: Layout, pad_id: int) -> ResponseBatch:
+    """A batch of all the groups' responses, numbered in their order."""
+    if layout != "shared":
+        groups = [Group(one.prompt_ids, [response]) for one in groups for response in one.responses]
+    responses = [response for one in groups for response in one.responses]
+    lengths = torch.tensor([len(response) for response in responses])
+    rows = _padded_rows(groups, pad_id) if layout == "plain" else _one_row(groups)
+    return {
+        **rows,  # type: ignore[typeddict-item]
+        "targets": torch.tensor([token for response in responses for token in response], dtype=torch.long),
+        "owners": torch.repeat_interleave(torch.arange(len(responses)), lengths),
+        "lengths": lengths,
+    }
+
+
+def lay_out_pairs(pairs: Sequence[Pair], layout: Layout, pad_id: int) -> PairBatch:
+    """A batch of pairs."""
+    groups, real, synthetic = group_pairs(pairs)
+    return {
+        **lay_out(groups, layout, pad_id),
+        "real": torch.tensor(real),
+        "synthetic": torch.tensor(synthetic),
+        "opponent_real": torch.tensor([pair.opponent_real_logprob for pair in pairs]),
+        "opponent_synthetic": torch.tensor([pair.opponent_synthetic_logprob for pair in pairs]),
+        "truncated": torch.tensor([float(pair.synthetic_truncated) for pair in pairs]),
+    }
+
+
+def _one_row(groups: Sequence[Group]) -> dict[str, object]:
+    """Groups one after the other; the first token of each response is predicted from the prompt's last."""
+    ids: list[int] = []
+    positions: list[int] = []
+    predicting: list[int] = []
+    segments: list[Segment] = []
+    for prompt, responses in ((one.prompt_ids, one.responses) for one in groups):
+        prompt_number, last_of_prompt = len(segments), len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        segments.append((len(prompt), -1))
+        for response in responses:
+            predicting += [last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)][: len(response)]
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            segments.append((len(response), prompt_number))
+    return {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": None,
+        "position_ids": torch.tensor([positions]),
+        "segments": tuple(segments),
+        "predicting": torch.tensor(predicting, dtype=torch.long),
+    }
+
+
+def _padded_rows(groups: Sequence[Group], pad_id: int) -> dict[str, object]:
+    couples = [(one.prompt_ids, one.responses[0]) for one in groups]
+    width = max(len(prompt) + len(response) for prompt, response in couples)
+    input_ids = torch.full((len(couples), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(couples), width), dtype=torch.long)
+    predicting: list[int] = []
+    for row, (prompt, response) in enumerate(couples):
+        length = len(prompt) + len(response)
+        input_ids[row, :length] = torch.tensor([*prompt, *response])
+        attention_mask[row, :length] = 1
+        first = row * width + len(prompt) - 1
+        predicting += range(first, first + len(response))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": None,
+        "segments": (),
+        "predicting": torch.tensor(predicting, dtype=torch.long),
+    }
+
+
+def count_tokens(groups: Sequence[Group], layout: Layout) -> int:
+    """The tokens of a forward pass over these groups, padding included."""
+    if layout == "shared":
+        return sum(len(one.prompt_ids) + sum(map(len, one.responses)) for one in groups)
+    couples = [len(one.prompt_ids) + len(response) for one in groups for response in one.responses]
+    return sum(couples) if layout == "packed" else len(couples) * max(couples, default=0)
+
+
+def into_passes(
+    items: Sequence[Item], tokens: Callable[[Sequence[Item]], int], tokens_per_pass: int
+) -> list[list[Item]]:
+    """Items of like length together, as many as fit into each pass; one too long for any gets its own.
+
+    The longest come first, so that a pass that doesn't fit in memory shows itself at once.
+    """
+    passes: list[list[Item]] = []
+    for item in sorted(items, key=lambda item: -tokens([item])):
+        if passes and tokens([*passes[-1], item]) <= tokens_per_pass:
+            passes[-1].append(item)
+        else:
+            passes.append([item])
+    return passes

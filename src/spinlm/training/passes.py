@@ -1,0 +1,125 @@
+"""A Trainer that counts the optimiser's batch in rows and a pass through the model in tokens."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from spinlm.players.layouts import into_passes
+from spinlm.players.logprobs import Method, scoring
+
+Row = TypeVar("Row")
+
+
+class PassTrainer(Trainer, Generic[Row]):
+    """A batch goes through the model in as many passes as its tokens ask for; the gradient is that of one.
+
+    Attributes:
+        method: How log-probs are computed.
+        tokens_per_pass: A row with more gets a pass of its own.
+    """
+
+    method: Method
+    tokens_per_pass: int
+
+    def __init__(self, **kwargs: Any) -> None:
+        """As Trainer, but for the collator: rows are laid out pass by pass."""
+        super().__init__(data_collator=_keep_rows, **kwargs)
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the optimiser's whole batch itself
+
+    # --- what each kind of training says ---
+
+    @abstractmethod
+    def count_items(self, rows: Sequence[Row]) -> int:
+        """What the loss is the mean over."""
+
+    @abstractmethod
+    def count_tokens(self, rows: Sequence[Row]) -> int:
+        """The tokens of one pass over rows."""
+
+    @abstractmethod
+    def lay_out(self, rows: Sequence[Row]) -> Any:
+        """The batch of one pass."""
+
+    def bundles(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Rows that have something in common, and go through the model together."""
+        return [[row] for row in rows]
+
+    # --- the step ---
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The optimiser's batch, and its number of items over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        items = sum(self.count_items(batch["rows"]) for batch in batches)
+        if self.accelerator.num_processes == 1:
+            return batches, items
+        return batches, self.accelerator.gather(torch.tensor(items, device=device)).sum()
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward, pass by pass."""
+        passes = self.passes(inputs["rows"])
+        loss = torch.zeros((), device=self.args.device)
+        with scoring(self.model, self.method):
+            for number, rows in enumerate(passes, start=1):
+                with self._gradients_synchronised(model, number == len(passes)):
+                    loss += super().training_step(model, self.lay_out(rows), num_items_in_batch)
+        return loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of an evaluation batch."""
+        loss = torch.zeros((), device=self.args.device)
+        items = self.count_items(inputs["rows"])
+        with torch.no_grad(), scoring(self.model, self.method), self.compute_loss_context_manager():
+            for rows in self.passes(inputs["rows"]):
+                loss += self.compute_loss(model, self._prepare_inputs(self.lay_out(rows)), num_items_in_batch=items)
+        return loss, None, None
+
+    def passes(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows of each pass: as many passes in every process, where each pass gathers the model's weights."""
+        fitting = [
+            part
+            for bundle in self.bundles(rows)
+            for part in into_passes(bundle, self.count_tokens, self.tokens_per_pass)
+        ]
+        together = into_passes(fitting, lambda parts: self.count_tokens(_joined(parts)), self.tokens_per_pass)
+        passes = [_joined(parts) for parts in together]
+        if self.accelerator.num_processes > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            count = self.accelerator.gather(torch.tensor(len(passes), device=self.args.device)).max()
+            while len(passes) < int(count):
+                longest = passes.pop(max(range(len(passes)), key=lambda number: len(passes[number])))
+                passes += [longest[::2], longest[1::2]]
+        return passes
+
+    @contextmanager
+    def _gradients_synchronised(self, model: Any, last: bool) -> Iterator[None]:
+        """Between processes, in the last pass only, and there only if the Trainer wants it at all."""
+        state = self.accelerator.gradient_state
+        if last or not state.sync_gradients:
+            yield
+            return
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not estimated here: Trainer would ask padded rows for it."""
+        return 0
+
+
+def _keep_rows(rows: list[Any]) -> dict[str, Any]:
+    return {"rows": rows}
+
+
+def _joined(parts: Sequence[Sequence[Row]]) -> list[Row]:
+    return [row for part in parts for row in part]
