@@ -14,8 +14,9 @@ from spinlm.generation.engine import OnProgress, Request, Sampling
 from spinlm.generation.sampling import Sampler
 from spinlm.generation.slot_cache import SlotCache
 
-PREFILL_TOKENS = 4096
-"""Prompt tokens in one forward pass, at most (but for a single prompt that is longer)."""
+PREFILL_TOKENS = {"cpu": 1024}
+"""Prompt tokens in one forward pass, at most (but for a single prompt that is longer): what a CPU's caches hold."""
+PREFILL_TOKENS_ELSEWHERE = 8192
 
 SPARE_COLUMNS = 64
 """Columns more than the longest response needs: how many steps lie between two moves of the cache, at least."""
@@ -52,6 +53,7 @@ class ContinuousBatch:
         self._pad_id = pad_id
         self._on_progress = on_progress
         self._device = next(model.parameters()).device
+        self._prefill_tokens = PREFILL_TOKENS.get(self._device.type, PREFILL_TOKENS_ELSEWHERE)
         self._last_only = last_logits_argument(model)
         self._sampler = Sampler([request.seed for request in requests], sampling, self._device)
         self.token_ids: list[list[int]] = [[] for _ in requests]
@@ -105,7 +107,7 @@ class ContinuousBatch:
         while self._waiting and len(owners) < self._rows - len(self._owners):
             prompt = self._prompts[self._waiting[0]]
             if not prompts or prompt != prompts[-1]:
-                if prompts and (len(prompts) + 1) * len(prompts[0]) > PREFILL_TOKENS:
+                if prompts and (len(prompts) + 1) * len(prompts[0]) > self._prefill_tokens:
                     break
                 prompts.append(prompt)
             owners.append(self._waiting.popleft())
@@ -190,11 +192,12 @@ def columns_needed(longest_prompt: int, max_new_tokens: int) -> int:
 
 def row_bytes(model: Any, columns: int) -> int:
     """What one response takes: its keys and values, found by running a token, and its logits."""
+    device = next(model.parameters()).device
     cache = SlotCache(1, 1)
-    cache.end, cache.prefilling = 1, torch.zeros(1, dtype=torch.long)
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    output = model(input_ids=token, past_key_values=cache, use_cache=True)
-    return columns * cache.nbytes() + LOGITS_COPIES * output.logits.numel() * 4
+    cache.end, cache.prefilling = 1, torch.zeros(1, dtype=torch.long, device=device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    vocabulary: int = model(input_ids=token, past_key_values=cache, use_cache=True).logits.shape[-1]
+    return columns * cache.nbytes() + LOGITS_COPIES * vocabulary * 4
 
 
 def last_logits_argument(model: Any) -> dict[str, int]:

@@ -51,7 +51,8 @@ def _packable(module: nn.Module) -> Iterator[Any]:
 
 
 def _linear(module: nn.Module) -> Any:
-    return module.get_base_layer() if _has_foldable_adapter(module) else module
+    layer: Any = module
+    return layer.get_base_layer() if _has_foldable_adapter(module) else layer
 
 
 def _has_foldable_adapter(module: Any) -> bool:

@@ -51,32 +51,36 @@ class Sampler:
         else:
             warped = logits if self._sampling.temperature == 1 else logits / self._sampling.temperature
             warped = self._warpers(torch.empty(0), warped)
-            tokens = inverse_cdf(warped, self._uniforms[requests, ages])
-        chosen = logits.gather(1, tokens[:, None])[:, 0]
-        return tokens, chosen - logits.logsumexp(dim=-1)
+            tokens, normaliser = inverse_cdf(warped, self._uniforms[requests, ages])
+        if self._sampling.temperature == 0 or warped is not logits:
+            normaliser = logits.logsumexp(dim=-1)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - normaliser
 
 
-def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """For each row the first token whose cumulative probability exceeds the row's uniform number.
 
-    Looked for among blocks of the vocabulary first and then inside one, so that only a row's blocks are
-    summed up in float64 and not its whole vocabulary.
+    Looked for among blocks of the vocabulary first and then inside one, so that no more than the blocks' sums
+    and one block are added up in high precision.
 
     Args:
         logits: [n, V].
-        uniforms: In [0, 1), in the precision to sum with, [n].
+        uniforms: In [0, 1), in the precision to add up with, [n].
 
     Returns:
-        Tokens of probability above zero, [n].
+        Tokens of probability above zero, and the log-sum-exp of the logits in float32, both [n].
     """
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
-    weights = F.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    sums = weights.sum(dim=-1, dtype=uniforms.dtype).cumsum(dim=-1)
-    targets = uniforms[:, None] * sums[:, -1:]
-    block = _first_above(sums, targets)
+    peaks = logits.amax(dim=-1, keepdim=True)
+    weights = (logits - peaks).exp_()
+    if weights.shape[1] % BLOCK:
+        weights = F.pad(weights, (0, -weights.shape[1] % BLOCK))
+    blocks = weights.view(len(weights), -1, BLOCK)
+    sums = blocks.sum(dim=-1).to(uniforms.dtype).cumsum(dim=-1)
+    block = _first_above(sums, uniforms[:, None] * sums[:, -1:])
     before = F.pad(sums, (1, 0)).gather(1, block)
-    inside = weights.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(uniforms.dtype).cumsum(dim=-1)
-    return (block * BLOCK + _first_above(inside, targets - before))[:, 0]
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(uniforms.dtype).cumsum(dim=-1)
+    tokens = block * BLOCK + _first_above(inside, uniforms[:, None] * sums[:, -1:] - before)
+    return tokens[:, 0], (peaks + sums[:, -1:].log())[:, 0].float()
 
 
 def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 
 from spinlm.data.render import Renderer
+from spinlm.generation.attention import decoding_attention
 from spinlm.generation.continuous import ContinuousBatch, columns_needed, row_bytes
 from spinlm.generation.engine import OnProgress, Request, Response, Sampling
 from spinlm.generation.memory import rows_that_fit, total_memory
@@ -67,7 +68,11 @@ class TransformersEngine:
         batch = ContinuousBatch(
             self._model, requests, sampling, rows, self._renderer.stop_ids, self._renderer.pad_id, on_progress
         )
-        with self._packed(rows):
+        with ExitStack() as for_the_time:
+            if self.packs_weights:
+                for_the_time.enter_context(packed_linears(self._model, rows))
+            if self._device.type == "cpu":
+                for_the_time.enter_context(decoding_attention(self._model))
             batch.run()
         return list(zip(batch.token_ids, batch.logprobs.tolist(), strict=True))
 
@@ -91,11 +96,8 @@ class TransformersEngine:
         columns = columns_needed(max(len(request.prompt_ids) for request in requests), sampling.max_new_tokens)
         return rows_that_fit(self._model, row_bytes(self._model, columns), self._packed_bytes)
 
-    def _packed(self, rows: int) -> AbstractContextManager[None]:
-        return packed_linears(self._model, rows) if self.packs_weights else nullcontext()
-
     def _bytes_to_pack(self) -> int:
-        usable = self._device.type == "cpu" and torch.backends.mkldnn.is_available()
+        usable = self._device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         if self.batching == "whole" or not usable or torch.is_autocast_enabled("cpu"):
             return 0
         needed = packed_bytes(self._model)
