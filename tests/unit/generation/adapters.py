@@ -15,5 +15,5 @@ def with_adapter(model: Any, **settings: Any) -> Any:
     torch.manual_seed(5)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.1)
     return adapted.eval()
