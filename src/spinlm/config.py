@@ -158,7 +158,7 @@ class GenerationSection(Section):
         top_k: Sampling from the k likeliest tokens; 0 is off.
         responses_per_prompt: Synthetic responses, and so pairs, for each prompt.
         max_new_tokens: A response is cut there, and gets no end-of-sequence token.
-        batch_size: Responses decoded together.
+        batch_size: Responses decoded together; by default as many as fit into memory and are of use.
         shard_size: Prompts in one committed file: what an interruption can lose.
         max_prompts: Answer this many of the training prompts at most, the first ones.
     """
@@ -169,7 +169,7 @@ class GenerationSection(Section):
     top_k: int = Field(0, ge=0)
     responses_per_prompt: int = Field(1, ge=1)
     max_new_tokens: int = Field(256, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int | None = Field(None, ge=1)
     shard_size: int = Field(128, ge=1)
     max_prompts: int | None = Field(None, ge=1)
 

@@ -1,139 +1,108 @@
-"""Generation by transformers' own `generate`, for every model that it can run."""
+"""Generation by transformers: continuous batching, and whole batches for models that it isn't for."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from spinlm.data.render import Renderer
+from spinlm.generation.attention import decoding_attention
+from spinlm.generation.continuous import ContinuousBatch, columns_needed, row_bytes
 from spinlm.generation.engine import OnProgress, Request, Response, Sampling
-from spinlm.players.logprobs import widest_float
+from spinlm.generation.memory import rows_that_fit, total_memory
+from spinlm.generation.packed_linear import packed_bytes, packed_linears
+from spinlm.generation.slot_cache import supports_slots
+from spinlm.generation.whole_batches import decode_whole_batch
+
+WHOLE_BATCH = 32
+"""Responses in a whole batch, where no other number is asked for."""
+
+PACKING_SHARE = 0.25
+"""Of the memory, that packed copies of the weights may take."""
 
 
 class TransformersEngine:
-    """Decodes batches of requests of like length, padded on the left."""
+    """Decodes with any causal language model of transformers, possibly with a LoRA adapter.
 
-    def __init__(self, model: Any, renderer: Renderer, batch_size: int) -> None:
+    What it is given in one call is decoded in the same batches whenever it is given again.
+
+    Attributes:
+        batching: `continuous`, or `whole` batches for models that remember more of a token than its keys
+            and values (Mamba).
+        packs_weights: Whether the linear layers are computed from packed copies: float32 on a CPU that has
+            oneDNN, and memory for the copies.
+    """
+
+    def __init__(self, model: Any, renderer: Renderer, batch_size: int | None = None) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            model: In evaluation mode.
+            renderer: The tokenizer's side of it.
+            batch_size: Responses decoded together. None: as many as fit into memory and are of use.
+        """
         self._model = model
         self._renderer = renderer
         self._batch_size = batch_size
+        self._device = next(model.parameters()).device
+        self.batching: Literal["continuous", "whole"] = "continuous" if supports_slots(model) else "whole"
+        self._packed_bytes = self._bytes_to_pack()
+        self.packs_weights = self._packed_bytes > 0
 
     @torch.no_grad()
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None = None
     ) -> list[Response]:
         """One response for each request, in their order."""
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        responses: dict[int, Response] = {}
-        for start in range(0, len(order), self._batch_size):
-            places = order[start : start + self._batch_size]
-            batch = self._decode([requests[i] for i in places], sampling, on_progress)
-            responses.update(zip(places, batch, strict=True))
-        return [responses[i] for i in range(len(requests))]
+        decode = self._in_whole_batches if self.batching == "whole" else self._continuously
+        answers = decode(requests, sampling, on_progress) if requests else []
+        return [self._response(ids, logprob) for ids, logprob in answers]
 
-    def _decode(self, requests: list[Request], sampling: Sampling, on_progress: OnProgress | None) -> list[Response]:
-        stop_ids = sorted(self._renderer.stop_ids)
-        device = next(self._model.parameters()).device
-        input_ids, attention_mask = _pad_left([r.prompt_ids for r in requests], self._renderer.pad_id, device)
-        sampler = SeededSampler([r.seed for r in requests], sampling, stop_ids, device, on_progress)
-        output = self._model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_new_tokens,
-                do_sample=False,
-                eos_token_id=stop_ids,
-                pad_token_id=self._renderer.pad_id,
-            ),
-            logits_processor=LogitsProcessorList([sampler]),
+    def _continuously(
+        self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None
+    ) -> list[tuple[list[int], float]]:
+        rows = min(self._batch_size or self._rows_that_fit(requests, sampling), len(requests))
+        batch = ContinuousBatch(
+            self._model, requests, sampling, rows, self._renderer.stop_ids, self._renderer.pad_id, on_progress
         )
-        answers = output[:, input_ids.shape[1] :].tolist()
-        logprobs = sampler.logprobs.tolist()
-        return [self._response(answer, logprob) for answer, logprob in zip(answers, logprobs, strict=True)]
+        with ExitStack() as for_the_time:
+            if self.packs_weights:
+                for_the_time.enter_context(packed_linears(self._model, rows))
+            if self._device.type == "cpu":
+                for_the_time.enter_context(decoding_attention(self._model))
+            batch.run()
+        return list(zip(batch.token_ids, batch.logprobs.tolist(), strict=True))
 
-    def _response(self, answer: list[int], logprob: float) -> Response:
-        ids = _up_to_stop(answer, self._renderer.stop_ids)
-        finished = bool(ids) and ids[-1] in self._renderer.stop_ids
+    def _in_whole_batches(
+        self, requests: Sequence[Request], sampling: Sampling, on_progress: OnProgress | None
+    ) -> list[tuple[list[int], float]]:
+        """Batches of requests of like length."""
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
+        answers: dict[int, tuple[list[int], float]] = {}
+        size = self._batch_size or WHOLE_BATCH
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            batch = [requests[i] for i in places]
+            ids, logprobs = decode_whole_batch(
+                self._model, batch, sampling, self._renderer.stop_ids, self._renderer.pad_id, on_progress
+            )
+            answers.update(zip(places, zip(ids, logprobs.tolist(), strict=True), strict=True))
+        return [answers[i] for i in range(len(requests))]
+
+    def _rows_that_fit(self, requests: Sequence[Request], sampling: Sampling) -> int:
+        columns = columns_needed(max(len(request.prompt_ids) for request in requests), sampling.max_new_tokens)
+        return rows_that_fit(self._model, row_bytes(self._model, columns), self._packed_bytes)
+
+    def _bytes_to_pack(self) -> int:
+        usable = self._device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if self.batching == "whole" or not usable or torch.is_autocast_enabled("cpu"):
+            return 0
+        needed = packed_bytes(self._model)
+        return needed if needed <= PACKING_SHARE * total_memory(self._device) else 0
+
+    def _response(self, ids: list[int], logprob: float) -> Response:
+        finished = ids[-1] in self._renderer.stop_ids
         return Response(ids, self._renderer.text(ids), "stop" if finished else "length", logprob)
-
-
-class SeededSampler(LogitsProcessor):  # type: ignore[no-untyped-call]
-    """Chooses each row's next token itself and leaves `generate` no other choice.
-
-    A row's uniform numbers are drawn from its own seed before decoding starts, so that its response
-    depends on nothing that is decoded beside it.
-
-    Attributes:
-        logprobs: Sum of the chosen tokens' log-probs under the model, up to each row's end, [B].
-    """
-
-    def __init__(
-        self,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        stop_ids: Collection[int],
-        device: torch.device,
-        on_progress: OnProgress | None = None,
-    ) -> None:
-        self.logprobs = torch.zeros(len(seeds), dtype=torch.float32, device=device)
-        self._running = torch.ones(len(seeds), dtype=torch.bool, device=device)
-        self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
-        self._sampling = sampling
-        self._on_progress = on_progress
-        self._step = 0
-        self._uniforms = torch.empty(0)
-        if sampling.temperature > 0:
-            self._uniforms = torch.stack([_uniforms(seed, sampling.max_new_tokens) for seed in seeds])
-            self._uniforms = self._uniforms.to(device, widest_float(device))
-        self._warpers = LogitsProcessorList()
-        if sampling.top_k > 0:
-            self._warpers.append(TopKLogitsWarper(top_k=sampling.top_k))
-        if sampling.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(top_p=sampling.top_p))
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logprobs = torch.log_softmax(scores.float(), dim=-1)
-        tokens = self._choose(input_ids, logprobs)
-        chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-        self.logprobs += torch.where(self._running, chosen, 0.0)
-        stops = torch.isin(tokens, self._stop_ids)
-        if self._on_progress is not None:
-            last = self._step + 1 == self._sampling.max_new_tokens
-            finishing = self._running if last else self._running & stops
-            self._on_progress(int(self._running.sum()), int(finishing.sum()))
-        self._running &= ~stops
-        self._step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
-
-    def _choose(self, input_ids: Tensor, logprobs: Tensor) -> Tensor:
-        if self._sampling.temperature == 0:
-            return logprobs.argmax(dim=-1)
-        warped = self._warpers(input_ids, logprobs / self._sampling.temperature)
-        cumulative = torch.softmax(warped, dim=-1).to(self._uniforms.dtype).cumsum(dim=-1)
-        targets = self._uniforms[:, self._step, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, targets, right=True)[:, 0].clamp(max=logprobs.shape[1] - 1)
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
-        attention_mask[row, width - len(prompt) :] = 1
-    return input_ids.to(device), attention_mask.to(device)
-
-
-def _up_to_stop(ids: list[int], stop_ids: Collection[int]) -> list[int]:
-    for place, token in enumerate(ids):
-        if token in stop_ids:
-            return ids[: place + 1]
-    return ids

@@ -1,8 +1,7 @@
-"""The engine against transformers' own generate, and against distributions that are known exactly."""
+"""The engine against transformers' own generate, and what it promises of each response."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +11,13 @@ import torch
 
 import tiny
 from spinlm.config import GenerationSection, PromptSection
-from spinlm.data.pairs import collate_responses
 from spinlm.data.render import Renderer
 from spinlm.generation.engine import Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
-from spinlm.players.logprobs import response_logprobs
-from unit.generation import enumerable
+from spinlm.players.logprobs import score_responses
 from unit.players.families import build_model
 
-FAMILIES = ("llama", "gpt2", "gpt_neo", "mamba")
+FAMILIES = tuple(tiny.FAMILIES)
 STOPS = {tiny.END_OF_TEXT, tiny.IM_END}
 GREEDY, FREE = Sampling(24, temperature=0.0), Sampling(24)
 
@@ -52,26 +49,16 @@ def _eager_to_stop(family: str, by: float = 1.5) -> Any:
 
 
 def _generate(
-    model: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int = 16, renderer: Renderer | None = None
+    model: Any, requests: Sequence[Request], sampling: Sampling, batch_size: int | None = 5
 ) -> list[Response]:
-    return TransformersEngine(model, renderer or _renderer(), batch_size).generate(requests, sampling)
+    return TransformersEngine(model, _renderer(), batch_size).generate(requests, sampling)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_is_what_transformers_generates_one_prompt_at_a_time(family: str) -> None:
-    model, requests = _eager_to_stop(family), _requests()
-    responses = _generate(model, requests, GREEDY)
-    for request, response in zip(requests, responses, strict=True):
-        alone = model.generate(
-            torch.tensor([request.prompt_ids]),
-            attention_mask=torch.ones(1, len(request.prompt_ids), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=24,
-            eos_token_id=sorted(STOPS),
-            pad_token_id=tiny.END_OF_TEXT,
-        )
-        assert response.token_ids == alone[0, len(request.prompt_ids) :].tolist()
-    assert len({tuple(response.token_ids) for response in responses}) > 8, "prompts matter"
+def test_only_mamba_is_decoded_in_whole_batches(family: str) -> None:
+    engine = TransformersEngine(tiny.build_model(family), _renderer())
+    assert engine.batching == ("whole" if family == "mamba" else "continuous")
+    assert engine.packs_weights == (family != "mamba")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,26 +67,13 @@ def test_logprob_is_the_models_own_untempered_one(family: str, sampling: Samplin
     model, requests = _eager_to_stop(family), _requests()
     responses = _generate(model, requests, sampling)
     couples = [(request.prompt_ids, response.token_ids) for request, response in zip(requests, responses, strict=True)]
-    with torch.no_grad():
-        scored = response_logprobs(model, collate_responses(couples, pad_id=0))
-    assert [response.logprob for response in responses] == pytest.approx(scored.tolist(), abs=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_response_depends_on_nothing_decoded_beside_it(family: str) -> None:
-    model, requests = _eager_to_stop(family), _requests()
-    together = [response.token_ids for response in _generate(model, requests, FREE, batch_size=16)]
-    alone = [response.token_ids for response in _generate(model, requests, FREE, batch_size=1)]
-    backwards = [response.token_ids for response in _generate(model, requests[::-1], FREE, batch_size=5)][::-1]
-    assert len({tuple(ids) for ids in together}) > len(requests) // 2
-    for others in (alone, backwards):
-        pairs = [(a, b) for ours, theirs in zip(together, others, strict=True) for a, b in _aligned(ours, theirs)]
-        assert sum(a == b for a, b in pairs) >= 0.999 * len(pairs)
-
-
-def _aligned(ours: list[int], theirs: list[int]) -> list[tuple[int | None, int | None]]:
-    width = max(len(ours), len(theirs))
-    return list(zip(ours + [None] * (width - len(ours)), theirs + [None] * (width - len(theirs)), strict=True))
+    scored = {
+        place: value
+        for places, values in score_responses(model, couples, 6, pad_id=0)
+        for place, value in zip(places, values, strict=True)
+    }
+    expected = [scored[place] for place in range(len(couples))]
+    assert [response.logprob for response in responses] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_seed_alone_decides_between_responses_to_one_prompt() -> None:
@@ -125,6 +99,20 @@ def test_a_response_is_cut_at_the_cap_or_ends_with_one_stop_token(family: str) -
         assert response.text == bytes(token for token in response.token_ids if token < 256).decode(errors="replace")
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 100, None])
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_requests_may_be_fewer_than_rows_or_none(count: int, batch_size: int | None) -> None:
+    requests = _requests(count)
+    responses = _generate(_eager_to_stop("llama"), requests, GREEDY, batch_size)
+    alone = [_generate(_eager_to_stop("llama"), [request], GREEDY, 1)[0] for request in requests]
+    assert [response.token_ids for response in responses] == [response.token_ids for response in alone]
+
+
+def test_every_response_may_end_at_its_first_token() -> None:
+    responses = _generate(_eager_to_stop("llama", by=100.0), _requests(), FREE, batch_size=3)
+    assert {(len(response.token_ids), response.finish_reason) for response in responses} == {(1, "stop")}
+
+
 def test_a_stop_token_at_the_cap_is_a_stop() -> None:
     model = _eager_to_stop("llama", by=100.0)
     (response,) = _generate(model, _requests(1), Sampling(1))
@@ -141,64 +129,30 @@ def test_progress_counts_every_token_and_every_response_once() -> None:
     assert finished == len(responses)
 
 
+def test_a_prompt_is_run_once_however_many_responses_it_is_to_have() -> None:
+    model, seen = build_model("llama"), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    prompts = [list(b"three answers to this"), list(b"and three to that one")]
+    requests = [Request(prompt, request_seed("k", i, k)) for i, prompt in enumerate(prompts) for k in range(3)]
+    responses = _generate(model, requests, Sampling(5), batch_size=6)
+    assert seen == [(2, 21)] + [(6, 1)] * 4
+    assert len({tuple(response.token_ids) for response in responses}) == 6
+
+
+def test_rows_that_have_ended_are_not_computed() -> None:
+    model, seen = _eager_to_stop("llama"), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    requests = _requests()
+    responses = _generate(model, requests, FREE, batch_size=len(requests))
+    lengths = [len(response.token_ids) for response in responses]
+    assert [rows for rows, width in seen[1:]] == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+
+
 def test_the_models_own_sampling_advice_is_not_taken() -> None:
     """`generation_config` of a chat model asks for sampling settings: the recipe's count, not those."""
     plain, advised = build_model("llama"), build_model("llama")
     advised.generation_config.update(do_sample=True, temperature=0.1, top_k=1, top_p=0.1)
     assert _generate(plain, _requests(4), FREE) == _generate(advised, _requests(4), FREE)
-
-
-PROMPT = [0, 3, 1]
-SAMPLES = 20_000
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"temperature": 0.6},
-        {"temperature": 1.7},
-        {"top_k": 3},
-        {"top_p": 0.7},
-        {"temperature": 1.3, "top_k": 4, "top_p": 0.8},
-    ],
-    ids=str,
-)
-def test_samples_have_the_exact_distribution(how: dict[str, Any]) -> None:
-    model = enumerable.build_model()
-    expected = {
-        response: SAMPLES * share
-        for response, share in enumerable.response_distribution(model, PROMPT, **how).items()
-        if share > 0
-    }
-    assert sum(expected.values()) == pytest.approx(SAMPLES)
-    requests = [Request(PROMPT, request_seed(str(how), i)) for i in range(SAMPLES)]
-    renderer = enumerable.build_renderer()
-    responses = _generate(model, requests, Sampling(enumerable.DEPTH, **how), batch_size=4000, renderer=renderer)
-    counts = Counter(tuple(response.token_ids) for response in responses)
-    assert counts.keys() <= expected.keys(), "nothing impossible is sampled"
-    assert _chi_square_p_value(counts, expected) > 0.001
-    if how:
-        untouched = enumerable.response_distribution(model, PROMPT)
-        wrong = {response: SAMPLES * share for response, share in untouched.items()}
-        assert _chi_square_p_value(counts, wrong) < 1e-6, "the settings make a difference that the test can see"
-
-
-def _chi_square_p_value(counts: Counter[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
-    """Of the counts under the expectation; responses expected less than five times count as one."""
-    rare = [response for response, number in expected.items() if number < 5]
-    cells = [(counts[response], number) for response, number in expected.items() if number >= 5]
-    if rare:
-        cells.append((sum(counts[response] for response in rare), sum(expected[response] for response in rare)))
-    statistic = sum((seen - due) ** 2 / due for seen, due in cells)
-    half = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(half[0], half[1]))
-
-
-def test_the_chi_square_p_value_is_right() -> None:
-    """A coin's 60 heads of 100: the statistic is 4, and its p-value with one degree of freedom 0.0455."""
-    counts, expected = Counter({(0,): 60, (1,): 40}), {(0,): 50.0, (1,): 50.0}
-    assert _chi_square_p_value(counts, expected) == pytest.approx(math.erfc(math.sqrt(2)), rel=1e-9)
 
 
 def test_sampling_takes_the_recipes_settings() -> None:

@@ -1,0 +1,103 @@
+"""The keys and values of responses that begin and end at different times, kept as one left-padded batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+def supports_slots(model: Any) -> bool:
+    """Whether all that the model remembers of a token is a key and a value in each layer."""
+    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+class SlotCache(Cache):  # type: ignore[misc]
+    """Rows of columns, allocated once.
+
+    Every row's newest token is in the same column, its oldest in a column of its own: to the model an ordinary
+    batch padded on the left. Sliding layers are kept whole: which columns they see is the mask's affair.
+
+    A forward pass is either a step, in which every row in use gets the column `end`, or a prefill, in which new
+    rows get the columns before `end`.
+
+    Attributes:
+        rows: How many are in use, from 0.
+        begin: The first column that any of them uses.
+        end: One past the last.
+    """
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
+        self.size = (rows, columns)
+        self.rows = self.begin = self.end = 0
+        self.prefilling: Tensor | None = None
+
+    def nbytes(self) -> int:
+        """Of all layers' keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+    def move_rows(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy rows over others that are no longer needed."""
+        for tensor in self._tensors():
+            part = tensor[:, :, self.begin : self.end]
+            part[targets] = part[sources]
+
+    def move_columns(self, end: int) -> None:
+        """Put the columns in use where they end at this one, layer by layer."""
+        width = self.end - self.begin
+        for tensor in self._tensors():
+            used = tensor[: self.rows]
+            used[:, :, end - width : end] = used[:, :, self.begin : self.end].clone()
+        self.begin, self.end = end - width, end
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+
+
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values, [rows, heads, columns, head size] each."""
+
+    is_sliding = False
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, columns = self._cache.size
+        # Zeros, since what is masked is still multiplied: by a weight of zero.
+        self.keys, self.values = (
+            states.new_zeros(rows, states.shape[1], columns, states.shape[3]) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep a forward pass's keys and values; give back all that its queries may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self._cache
+        if cache.prefilling is not None:
+            rows = slice(cache.rows, cache.rows + len(cache.prefilling))
+            columns = slice(cache.end - key_states.shape[2], cache.end)
+            self.keys[rows, :, columns] = key_states[cache.prefilling]
+            self.values[rows, :, columns] = value_states[cache.prefilling]
+            return key_states, value_states
+        self.keys[: cache.rows, :, cache.end] = key_states[:, :, 0]
+        self.values[: cache.rows, :, cache.end] = value_states[:, :, 0]
+        seen = (slice(cache.rows), slice(None), slice(cache.begin, cache.end + 1))
+        return self.keys[seen], self.values[seen]
+
+    def get_seq_length(self) -> int:
+        return 0 if self._cache.prefilling is not None else self._cache.end - self._cache.begin
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self._cache.size[1]
