@@ -25,8 +25,10 @@ from spinlm.data.render import Renderer
 from spinlm.errors import UserError
 from spinlm.evaluation.measures import HeldOutAnswer, chosen_measure, measure, select_best
 from spinlm.evaluation.verifiers import correct
+from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
+from spinlm.generation.vllm_engine import VLLMEngine
 from spinlm.players.logprobs import score_responses
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
 from spinlm.reporting.progress import Progress
@@ -46,7 +48,6 @@ from spinlm.training.checkpoints import Arguments, train_resumably
 from spinlm.training.sft import sft_trainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
-ENGINES = {"transformers": TransformersEngine}
 COMMANDS = {"data": "generate", "sft": "generate", "score": "train", "control": "run"}
 """The command that runs a stage, where it isn't called after it."""
 
@@ -127,7 +128,15 @@ class Stages:
         self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
         self.players = Players(recipe.model, recipe.adapter, self._precision)
         self._weights_kind = "adapter" if recipe.adapter is not None else "model"
+        self._vllm: VLLMEngine | None = None
         self._check_trainer_settings()
+        self._engine_name = self._choose_engine()
+
+    def close(self) -> None:
+        """Give back the memory of an engine that holds a model of its own."""
+        if self._vllm is not None:
+            self._vllm.close()
+        self._vllm = None
 
     # --- data ---
 
@@ -308,11 +317,10 @@ class Stages:
 
     # --- evaluation ---
 
-    def evaluate(self, player: Player, opponent: Evaluation | None = None, beta: float = 1.0) -> Evaluation:
-        """Measure a player on the held-out part; a main player also against its opponent's fresh responses."""
-        folder, held_out = f"evaluation/{player.name}", self.data.held_out
+    def answer(self, player: Player) -> tuple[Answers, Answers | None]:
+        """A player's responses on the held-out part: sampled, and greedy where the recipe wants them."""
+        folder, title, held_out = f"evaluation/{player.name}", f"{player.name}: evaluate", self.data.held_out
         section, generation = self.recipe.evaluation, self.recipe.generation
-        title = f"{player.name}: evaluate"
         sampled = self._answers(
             f"{folder}/sampled",
             f"{title} (sampled)",
@@ -321,10 +329,15 @@ class Stages:
             Sampling.of(generation),
             section.samples_per_prompt,
         )
-        greedy = None
-        if section.greedy:
-            sampling = Sampling.of(generation, greedy=True)
-            greedy = self._answers(f"{folder}/greedy", f"{title} (greedy)", player, held_out, sampling, 1)
+        if not section.greedy:
+            return sampled, None
+        sampling = Sampling.of(generation, greedy=True)
+        return sampled, self._answers(f"{folder}/greedy", f"{title} (greedy)", player, held_out, sampling, 1)
+
+    def evaluate(self, player: Player, opponent: Evaluation | None = None, beta: float = 1.0) -> Evaluation:
+        """Measure a player on the held-out part; a main player also against its opponent's fresh responses."""
+        folder, title, held_out = f"evaluation/{player.name}", f"{player.name}: evaluate", self.data.held_out
+        sampled, greedy = self.answer(player)
         others = {} if opponent is None else {"opponent": opponent.sampled}
         scores = self._scores(f"{folder}/logprobs", f"{title} (log-probs)", player, held_out, {"own": sampled} | others)
         margins = None if opponent is None else _margins(held_out, opponent, scores, beta)
@@ -361,6 +374,7 @@ class Stages:
             player=player.hash,
             data=self._data_hash,
             precision=self._precision,
+            engine=self._engine_name,
         )
 
         def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
@@ -375,9 +389,25 @@ class Stages:
         rows, name = self._shards(folder, title, len(examples), k, inputs, make)
         return Answers([[Response(**response) for response in row["responses"]] for row in rows], name)
 
+    def _choose_engine(self) -> EngineName:
+        """Refused now, not when much is done already; but where nothing is generated, nothing is refused."""
+        used: EngineName | None = self.run.recorded_input("engine")
+        if self._only is not None and not {"generate", "evaluate"} & set(self._only):
+            return used or "transformers"
+        kind, processes = self.players.device.type, self.processes.num_processes
+        return choose(self.recipe, kind, processes, lambda: self.players.config, used, self.progress.say)
+
     def _engine(self, player: Player) -> Engine:
-        section = self.recipe.generation
-        return ENGINES[section.engine](self.players.opponent(player), self.renderer, section.batch_size)
+        """The player, ready to answer. One model is in memory: vLLM's, or that of the players."""
+        if self._engine_name == "transformers":
+            return TransformersEngine(self.players.opponent(player), self.renderer, self.recipe.generation.batch_size)
+        if self._vllm is None:
+            self.players.forget()
+            self._vllm = VLLMEngine(
+                self.recipe, self.players.computing_dtype(), self.players.device.type, self.renderer
+            )
+        self._vllm.seat(player)
+        return self._vllm
 
     def _scores(
         self,
@@ -424,6 +454,7 @@ class Stages:
         }
         names, responses = list(wanted), list(wanted.values())
         logprobs: dict[tuple[int, tuple[int, ...]], float] = {}
+        self.close()
         model = self.players.opponent(player)
         with self.players.autocast():
             for places, values in score_responses(
@@ -490,6 +521,7 @@ class Stages:
         with self.processes.main_process_first():  # which copies them, in a forked run
             missing = [artifact for artifact in (log, weights) if self._needs_making(artifact)]
         if missing:
+            self.close()
             checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
             with self._timed(folder), self._tracked(folder):
                 trainer = make_trainer(self.players.main_player(start, seed=self._seed(folder)), checkpoints)

@@ -249,6 +249,11 @@ class Players:
         frozen_on_gpu = self._adapter is not None and self.device.type == "cuda"
         return torch.bfloat16 if frozen_on_gpu and torch.cuda.is_bf16_supported() else torch.float32
 
+    def computing_dtype(self) -> str:
+        """What the forward pass computes in, for an engine that loads the weights itself."""
+        given = {"bf16": "bfloat16", "fp16": "float16"}.get(self._precision)
+        return given or str(self._dtype()).removeprefix("torch.")
+
     # --- saving ---
 
     def save(self, model: Any, directory: Path, state_dict: dict[str, Any] | None = None) -> None:
