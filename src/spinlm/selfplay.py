@@ -12,14 +12,16 @@ from spinlm.stages import Answers, Evaluation, ScoredPairs, Stages
 def play(stages: Stages) -> list[Evaluation]:
     """Play every iteration and measure every player; what is committed already is not done again.
 
+    A player gives all its responses, to train on and to be measured by, before any is scored: an engine that
+    holds a model of its own is started once an iteration, and never beside the one that scores and trains.
+
     Returns:
         The evaluations of the base, the SFT model, each iteration's main player and the control.
     """
     start = opponent = stages.starting_player()
+    synthetic: dict[int, Answers] = {0: stages.generate(0, opponent)}
     evaluations = evaluate_starting_players(stages)
-    synthetic: dict[int, Answers] = {}
     for iteration in range(stages.recipe.iterations):
-        synthetic[iteration] = stages.generate(iteration, opponent)
         pairs = score(stages, iteration, opponent, synthetic)
         if iteration > 0 and not pairs.pairs:
             stages.progress.say(
@@ -27,6 +29,8 @@ def play(stages: Stages) -> list[Evaluation]:
             )
             break
         main_player = stages.train(iteration, opponent, pairs)
+        if iteration + 1 < stages.recipe.iterations:
+            synthetic[iteration + 1] = stages.generate(iteration + 1, main_player)
         evaluations.append(evaluate(stages, iteration, main_player, evaluations[-1]))
         opponent = main_player
     if stages.recipe.evaluation.control:
@@ -52,6 +56,8 @@ def evaluate(stages: Stages, iteration: int, main_player: Player, opponent: Eval
 def evaluate_starting_players(stages: Stages) -> list[Evaluation]:
     """The base model, and the SFT model where there is one."""
     players = dict.fromkeys([stages.base, stages.starting_player()])
+    for player in players:
+        stages.answer(player)
     return [stages.evaluate(player) for player in players]
 
 

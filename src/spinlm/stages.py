@@ -25,8 +25,10 @@ from spinlm.data.render import Renderer
 from spinlm.errors import UserError
 from spinlm.evaluation.measures import HeldOutAnswer, chosen_measure, measure, select_best
 from spinlm.evaluation.verifiers import correct
+from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
+from spinlm.generation.vllm_engine import VLLMEngine
 from spinlm.players.layouts import LAYOUTS, count_tokens
 from spinlm.players.logprobs import Method, choose_method, score_groups
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
@@ -47,7 +49,6 @@ from spinlm.training.checkpoints import Arguments, train_resumably
 from spinlm.training.sft import SFTTrainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
-ENGINES = {"transformers": TransformersEngine}
 COMMANDS = {"data": "generate", "sft": "generate", "score": "train", "control": "run"}
 """The command that runs a stage, where it isn't called after it."""
 
@@ -129,7 +130,15 @@ class Stages:
         self.players = Players(recipe.model, recipe.adapter, self._precision)
         self._chosen_method: Method | None = None
         self._weights_kind = "adapter" if recipe.adapter is not None else "model"
+        self._vllm: VLLMEngine | None = None
         self._check_trainer_settings()
+        self._engine_name = self._choose_engine()
+
+    def close(self) -> None:
+        """Give back the memory of an engine that holds a model of its own."""
+        if self._vllm is not None:
+            self._vllm.close()
+        self._vllm = None
 
     # --- data ---
 
@@ -224,7 +233,7 @@ class Stages:
         settings = section.model_dump(mode="json") | {"max_steps": max_steps}
         inputs = self._inputs("seed", "adapter", settings=settings, start=start.hash, data=self._data_hash)
 
-        def make_trainer(model: Any, directory: Path) -> Any:
+        def make_trainer(model: Any, directory: Path, method: Method) -> Any:
             args = self._training_arguments(
                 Arguments,
                 section,
@@ -234,9 +243,7 @@ class Stages:
                 learning_rate=section.learning_rate,
                 num_train_epochs=section.num_train_epochs,
             )
-            return SFTTrainer(
-                model, args, examples, self.renderer.pad_id, self._method(start), self.recipe.tokens_per_pass
-            )
+            return SFTTrainer(model, args, examples, self.renderer.pad_id, method, self.recipe.tokens_per_pass)
 
         return self._train(name, name, name, start, inputs, make_trainer)
 
@@ -287,7 +294,7 @@ class Stages:
                 "learn: the opponent already plays like the data"
             )
 
-        def make_trainer(model: Any, directory: Path) -> Any:
+        def make_trainer(model: Any, directory: Path, method: Method) -> Any:
             args = self._training_arguments(
                 SPINConfig,
                 section,
@@ -313,11 +320,10 @@ class Stages:
 
     # --- evaluation ---
 
-    def evaluate(self, player: Player, opponent: Evaluation | None = None, beta: float = 1.0) -> Evaluation:
-        """Measure a player on the held-out part; a main player also against its opponent's fresh responses."""
-        folder, held_out = f"evaluation/{player.name}", self.data.held_out
+    def answer(self, player: Player) -> tuple[Answers, Answers | None]:
+        """A player's responses on the held-out part: sampled, and greedy where the recipe wants them."""
+        folder, title, held_out = f"evaluation/{player.name}", f"{player.name}: evaluate", self.data.held_out
         section, generation = self.recipe.evaluation, self.recipe.generation
-        title = f"{player.name}: evaluate"
         sampled = self._answers(
             f"{folder}/sampled",
             f"{title} (sampled)",
@@ -326,10 +332,15 @@ class Stages:
             Sampling.of(generation),
             section.samples_per_prompt,
         )
-        greedy = None
-        if section.greedy:
-            sampling = Sampling.of(generation, greedy=True)
-            greedy = self._answers(f"{folder}/greedy", f"{title} (greedy)", player, held_out, sampling, 1)
+        if not section.greedy:
+            return sampled, None
+        sampling = Sampling.of(generation, greedy=True)
+        return sampled, self._answers(f"{folder}/greedy", f"{title} (greedy)", player, held_out, sampling, 1)
+
+    def evaluate(self, player: Player, opponent: Evaluation | None = None, beta: float = 1.0) -> Evaluation:
+        """Measure a player on the held-out part; a main player also against its opponent's fresh responses."""
+        folder, title, held_out = f"evaluation/{player.name}", f"{player.name}: evaluate", self.data.held_out
+        sampled, greedy = self.answer(player)
         others = {} if opponent is None else {"opponent": opponent.sampled}
         scores = self._scores(f"{folder}/logprobs", f"{title} (log-probs)", player, held_out, {"own": sampled} | others)
         margins = None if opponent is None else _margins(held_out, opponent, scores, beta)
@@ -366,6 +377,7 @@ class Stages:
             player=player.hash,
             data=self._data_hash,
             precision=self._precision,
+            engine=self._engine_name,
         )
 
         def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
@@ -380,9 +392,28 @@ class Stages:
         rows, name = self._shards(folder, title, len(examples), k, inputs, make)
         return Answers([[Response(**response) for response in row["responses"]] for row in rows], name)
 
+    def _choose_engine(self) -> EngineName:
+        """Refused now, not when much is done already; but where nothing is generated, nothing is refused."""
+        used: EngineName | None = self.run.recorded_input("engine")
+        if self._only is not None and not {"generate", "evaluate"} & set(self._only):
+            return used or "transformers"
+        kind, processes = self.players.device.type, self.processes.num_processes
+        return choose(self.recipe, kind, processes, lambda: self.players.config, used, self.progress.say)
+
     def _engine(self, player: Player) -> Engine:
-        section = self.recipe.generation
-        return ENGINES[section.engine](self.players.opponent(player), self.renderer, section.batch_size)
+        """The player, ready to answer. One model is in memory: vLLM's, or that of the players."""
+        if self._engine_name == "transformers":
+            return TransformersEngine(self.players.opponent(player), self.renderer, self.recipe.generation.batch_size)
+        if self._vllm is None:
+            self.players.forget()
+            self._vllm = VLLMEngine(
+                self.recipe,
+                str(self.players.compute_dtype).removeprefix("torch."),
+                self.players.device.type,
+                self.renderer,
+            )
+        self._vllm.seat(player)
+        return self._vllm
 
     def _scores(
         self,
@@ -428,6 +459,7 @@ class Stages:
         ]
         groups = [Group(example.prompt_ids, ids) for (example, _), ids in zip(rows, different, strict=True)]
         logprobs: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
+        self.close()
         model, method = self.players.opponent(player), self._method(player)
         with self.players.autocast():
             for places, values in score_groups(
@@ -498,7 +530,7 @@ class Stages:
         title: str,
         start: Player,
         inputs: Inputs,
-        make_trainer: Callable[[Any, Path], Any],
+        make_trainer: Callable[[Any, Path, Method], Any],
     ) -> Player:
         """Train from a player's weights, or go on at the last checkpoint, and commit the result."""
         stage = _stage(title)
@@ -507,9 +539,12 @@ class Stages:
         with self.processes.main_process_first():  # which copies them, in a forked run
             missing = [artifact for artifact in (log, weights) if self._needs_making(artifact)]
         if missing:
+            self.close()
             checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
             with self._timed(folder), self._tracked(folder):
-                trainer = make_trainer(self.players.main_player(start, seed=self._seed(folder)), checkpoints)
+                method = self._method(start)
+                model = self.players.main_player(start, seed=self._seed(folder))
+                trainer = make_trainer(model, checkpoints, method)
                 rows = train_resumably(trainer, lambda *logged: self.progress.training(title, *logged))
                 self._commit_training(trainer, rows, log, weights)
                 sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

@@ -185,8 +185,8 @@ CHECKPOINTED = "spinlm.training.checkpoints:write_json"
 KILLED_IN_EVERY_STAGE = (
     after(CHECKPOINTED, "checkpoints/sft/.*/checkpoint-1.json"),
     after(RECORDED, "commits/sft--training.jsonl.json"),  # its log is committed, its adapter isn't
-    before(RECORDED, "commits/evaluation--base--greedy"),  # renamed to its place, but not recorded
     after(RECORDED, "commits/iterations--0--synthetic--00001"),  # between two shards
+    before(RECORDED, "commits/evaluation--base--greedy"),  # renamed to its place, but not recorded
     before(RECORDED, "commits/iterations--0--opponent_logprobs--00001"),
     before(CHECKPOINTED, "checkpoints/iterations/0/.*/checkpoint-2.json"),  # written, but not yet known as whole
     before(RECORDED, "commits/iterations--0--adapter.json"),

@@ -103,8 +103,10 @@ class Players:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the forward pass of the model seated."""
-        return compute_dtype(self._model, self._precision)
+        """What the forward pass rounds to."""
+        if self._section.load_in_4bit:
+            return torch.bfloat16
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._precision) or self._dtype()
 
     def _seat(self, player: Player, trainable: bool, seed: int = 0) -> None:
         if self._adapter is None:
@@ -285,16 +287,6 @@ def without_dropout(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def compute_dtype(model: Any, precision: str = "") -> torch.dtype:
-    """The dtype that a model's forward pass rounds to, under `bf16` or `fp16` autocast or none."""
-    if precision == "bf16" or getattr(model, "is_loaded_in_4bit", False):
-        return torch.bfloat16
-    if precision == "fp16":
-        return torch.float16
-    dtype: torch.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return dtype
 
 
 def context_length(config: Any) -> int | None:

@@ -30,7 +30,7 @@ from spinlm.players.logprobs import (
     tolerance,
     widest_float,
 )
-from spinlm.players.models import compute_dtype, switch_off_dropout, without_dropout
+from spinlm.players.models import switch_off_dropout, without_dropout
 from spinlm.training.checkpoints import Arguments
 from spinlm.training.losses import LOSSES, spin_margin
 from spinlm.training.passes import PassTrainer
@@ -251,7 +251,12 @@ class SPINTrainer(PassTrainer[Pair]):
         )
 
     def _compute_dtype(self) -> torch.dtype:
-        return compute_dtype(self.model, "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "")
+        if self.args.bf16 or getattr(self.model, "is_loaded_in_4bit", False):
+            return torch.bfloat16
+        if self.args.fp16:
+            return torch.float16
+        dtype: torch.dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return dtype
 
     # --- what is logged ---
 
