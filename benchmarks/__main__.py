@@ -25,7 +25,7 @@ RESULTS = Path("benchmarks/results")
 
 
 def bench(
-    only: Annotated[str, typer.Option(help="These measures, separated by commas, or all whose names begin so.")] = "",
+    only: Annotated[str, typer.Option(help="These measures, separated by commas; train means every train-….")] = "",
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes and fewer measures: rough, in some minutes.")
     ] = False,
@@ -59,12 +59,13 @@ def _chosen(only: str, quick: bool) -> list[str]:
     from benchmarks.measures import MEASURES, QUICK
 
     wanted = [name.strip() for name in only.split(",") if name.strip()]
-    for name in wanted:
-        if not any(known.startswith(name) for known in MEASURES):
+    chosen = {name: [m for m in MEASURES if m == name or m.startswith(f"{name}-")] for name in wanted}
+    for name, measures in chosen.items():
+        if not measures:
             raise UserError(f"--only {name}: no such measure; there are: {', '.join(MEASURES)}")
     if not wanted:
         return list(QUICK if quick else MEASURES)
-    return [known for known in MEASURES if known in wanted or any(known.startswith(f"{name}-") for name in wanted)]
+    return [measure for measure in MEASURES if any(measure in measures for measures in chosen.values())]
 
 
 def _measure(what: object, names: list[str], path: Path, resume: bool) -> bool:
