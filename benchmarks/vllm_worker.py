@@ -28,6 +28,7 @@ def main(model: str, slots: str, length: str) -> None:
             max_tokens=job["max_tokens"], temperature=job["temperature"], stop_token_ids=job["stop_token_ids"], seed=0
         )
         prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+        engine.reset_prefix_cache()  # every turn asks the same
         started = time.perf_counter()
         outputs = engine.generate(prompts, sampling, use_tqdm=False)
         seconds = time.perf_counter() - started
