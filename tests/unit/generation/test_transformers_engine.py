@@ -11,10 +11,11 @@ import torch
 
 import tiny
 from spinlm.config import GenerationSection, PromptSection
+from spinlm.data.pairs import Group
 from spinlm.data.render import Renderer
 from spinlm.generation.engine import Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
-from spinlm.players.logprobs import score_responses
+from spinlm.players.logprobs import Method, all_scores
 from unit.players.families import build_model
 
 FAMILIES = tuple(tiny.FAMILIES)
@@ -66,13 +67,9 @@ def test_only_mamba_is_decoded_in_whole_batches(family: str) -> None:
 def test_logprob_is_the_models_own_untempered_one(family: str, sampling: Sampling) -> None:
     model, requests = _eager_to_stop(family), _requests()
     responses = _generate(model, requests, sampling)
-    couples = [(request.prompt_ids, response.token_ids) for request, response in zip(requests, responses, strict=True)]
-    scored = {
-        place: value
-        for places, values in score_responses(model, couples, 6, pad_id=0)
-        for place, value in zip(places, values, strict=True)
-    }
-    expected = [scored[place] for place in range(len(couples))]
+    answered = zip(requests, responses, strict=True)
+    groups = [Group(request.prompt_ids, [response.token_ids]) for request, response in answered]
+    expected = [logprob for (logprob,) in all_scores(model, groups, Method("plain"), 512, pad_id=0)]
     assert [response.logprob for response in responses] == pytest.approx(expected, abs=1e-4)
 
 
