@@ -306,7 +306,7 @@ class Stages:
                 num_train_epochs=epochs,
                 tokens_per_pass=self.recipe.tokens_per_pass,
             )
-            trainer = SPINTrainer(model, args, scored.pairs, pad_id=self.renderer.pad_id, method=self._method(opponent))
+            trainer = SPINTrainer(model, args, scored.pairs, pad_id=self.renderer.pad_id, method=method)
             trainer.dropped_identical = scored.identical
             return trainer
 

@@ -33,7 +33,8 @@ class LogitScale:
         """As a model's configuration says."""
         text = config.get_text_config()
         factor = (getattr(text, "logit_scale", None) or 1.0) / (getattr(text, "logits_scaling", None) or 1.0)
-        return cls(float(factor), getattr(text, "final_logit_softcapping", None))
+        cap = getattr(text, "final_logit_softcapping", None) or getattr(text, "logits_soft_cap", None)
+        return cls(float(factor), cap)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The logits as the model gives them."""

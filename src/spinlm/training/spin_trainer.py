@@ -184,7 +184,9 @@ class SPINTrainer(PassTrainer[Pair]):
         return lay_out_pairs(rows, self.method.layout, self._pad_id)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        sampler = PromptSampler(self.train_dataset, self.args.data_seed or self.args.seed)
+        sampler = PromptSampler(
+            self.train_dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed
+        )
         self.add_callback(_SetEpoch(sampler))
         return sampler
 
