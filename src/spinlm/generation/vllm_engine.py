@@ -158,7 +158,7 @@ class _Worker:
         problem = self.receive()
         if problem is not None:
             self.close()
-            raise UserError(f"generation.engine: vLLM can't load {what}: {_said(problem)}; {REMEDY}")
+            raise UserError(f"generation.engine: vLLM can't load {what}: {problem}; {REMEDY}")
 
     def close(self) -> None:
         """End the process and wait until it has."""
@@ -216,7 +216,3 @@ def _sampling_params(sampling: Sampling, seed: int, renderer: Renderer) -> dict[
 
 def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1] if text.strip() else "it says nothing"
-
-
-def _said(problem: str) -> str:
-    return problem.strip().splitlines()[0]

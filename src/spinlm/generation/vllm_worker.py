@@ -14,6 +14,8 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any, get_args
 
+from spinlm.errors import first_line
+
 
 def serve(connection: Connection) -> None:
     """Start vLLM with the settings that come first, then answer until the pipe is closed."""
@@ -37,7 +39,7 @@ def _send_first(connection: Connection, make: Any) -> Any:
     try:
         made = make()
     except Exception as error:
-        connection.send(str(error) or type(error).__name__)
+        connection.send(first_line(error))
         raise
     connection.send(None)
     return made
