@@ -59,8 +59,9 @@ def attend(
         [B, 1, heads, D], and no weights.
     """
     rows, heads, length, size = query.shape
-    others_used = others.get("position_bias") is not None or others.get("softcap") is not None
-    if length > 1 or others_used or query.dtype != torch.float32:
+    biased = any(others.get(name) is not None for name in ("position_bias", "softcap"))
+    masked = attention_mask is None or attention_mask.dtype == torch.bool
+    if length > 1 or biased or not masked or query.dtype != torch.float32:
         attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **others
         )

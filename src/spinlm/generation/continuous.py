@@ -46,6 +46,17 @@ class ContinuousBatch:
         pad_id: int,
         on_progress: OnProgress | None = None,
     ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            model: One that `supports_slots`, in evaluation mode.
+            requests: At least one.
+            sampling: How to draw.
+            rows: Responses decoded at the same time, at most.
+            stop_ids: A response ends with any of them.
+            pad_id: Fills up prompts; never seen.
+            on_progress: Called after each draw.
+        """
         self._model = model
         self._prompts = [tuple(request.prompt_ids) for request in requests]
         self._cap = sampling.max_new_tokens
@@ -61,9 +72,8 @@ class ContinuousBatch:
         # Longest first: what doesn't fit into memory shows at once. Equal prompts side by side.
         order = sorted(range(len(requests)), key=lambda i: (-len(self._prompts[i]), self._prompts[i]))
         self._waiting = deque(order)
-        self._rows = min(rows, len(requests))
-        longest = max((len(prompt) for prompt in self._prompts), default=0)
-        self._cache = SlotCache(self._rows, columns_needed(longest, self._cap))
+        self._rows = rows
+        self._cache = SlotCache(rows, columns_needed(max(map(len, self._prompts)), self._cap))
         # Of the rows in use: the request, the column of its first token, the newest token (not in the cache yet).
         self._owners: list[int] = []
         self._begins = self._tokens = torch.empty(0, dtype=torch.long, device=self._device)

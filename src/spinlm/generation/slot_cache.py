@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -11,9 +12,12 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 def supports_slots(model: Any) -> bool:
     """Whether all that the model remembers of a token is a key and a value in each layer."""
-    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if bare._is_stateful or not bare._supports_default_dynamic_cache():
         return False
-    layers = DynamicCache(config=model.config).layers
+    if "past_key_values" not in inspect.signature(bare.forward).parameters:
+        return False
+    layers = DynamicCache(config=bare.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
