@@ -21,7 +21,11 @@ def _same_log(one: Path, other: Path) -> None:
     mine, theirs = rows(one), rows(other)
     assert [row.keys() for row in mine] == [row.keys() for row in theirs]
     for a, b in zip(mine, theirs, strict=True):
-        for name in a.keys() - {"epoch"}:  # counted in batches, which the division changes
+        # The division changes how many batches an epoch has, and how often a prompt that pairs share is computed.
+        ignored = {"epoch", "tokens"}
+        if abs(a.get("margin", 0)) < 1e-5:  # still the opponent: rounding decides
+            ignored.add("reward_accuracy")
+        for name in a.keys() - ignored:
             assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), f"{name} at step {a['step']}"
 
 

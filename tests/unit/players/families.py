@@ -32,6 +32,18 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("Qwen2Moe", {**_LLAMA_LIKE, **_EXPERTS, "num_experts": 4, "decoder_sparse_step": 1}),
     "bloom": ("Bloom", {"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "n_layer": 2, "n_head": 2}),
     "lfm2": ("Lfm2", {**_LLAMA_LIKE, "layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        {
+            **_LLAMA_LIKE,
+            "head_dim": 8,
+            "num_hidden_layers": 3,
+            "block_types": ["recurrent", "recurrent", "attention"],
+            "attention_window_size": 16,
+            "lru_width": 16,
+            "logits_soft_cap": 2.5,
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {
@@ -44,7 +56,7 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""What tests/tiny.py hasn't: soft caps and scales, experts, ALiBi, convolutions beside attention, attention sinks."""
+"""What tests/tiny.py hasn't: soft caps and scales, experts, ALiBi, convolutions and recurrence beside attention."""
 
 
 def build_model(family: str, seed: int = 0, **settings: Any) -> Any:
@@ -69,7 +81,8 @@ def sharpened(model: Any, factor: float) -> Any:
 
 def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:
     """With an adapter of random weights on every linear layer, without any dropout."""
-    modules = ["in_proj", "x_proj"] if model.config.model_type == "mamba" else "all-linear"
+    mamba = model.config.model_type == "mamba"
+    modules = ["in_proj", "x_proj"] if mamba else "all-linear"
     settings = {"r": 2, "lora_alpha": 4, "target_modules": modules, "task_type": "CAUSAL_LM", **settings}
     switch_off_dropout(model)
     model = get_peft_model(model, LoraConfig(**settings)).eval()
@@ -77,5 +90,5 @@ def adapted(model: Any, seed: int = 1, **settings: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_((0.05 if mamba else 0.1) * torch.randn(parameter.shape, generator=generator))
     return model

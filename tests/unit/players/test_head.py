@@ -162,6 +162,7 @@ def test_a_gradient_that_nobody_asked_for_is_not_computed() -> None:
     [
         ("llama", LogitScale()),
         ("gemma2", LogitScale(cap=1.5)),
+        ("recurrent_gemma", LogitScale(cap=2.5)),
         ("granite", LogitScale(factor=1 / 3.0)),
         ("cohere", LogitScale(factor=0.25)),
     ],

@@ -32,7 +32,7 @@ from spinlm.players.logprobs import (
     tolerance,
 )
 from spinlm.players.models import switch_off_dropout
-from unit.players.families import RELATIVES, adapted, build_model
+from unit.players.families import RELATIVES, adapted, build_model, sharpened
 
 ATTENTIVE = [family for family in tiny.FAMILIES if family != "mamba"]
 TAKEN = [(family, layout) for family in ATTENTIVE for layout in LAYOUTS] + [("mamba", "plain")]
@@ -305,6 +305,7 @@ def test_mamba_gets_padded_rows_and_a_reason() -> None:
         ("qwen2_moe", "shared"),
         ("bloom", "plain"),
         ("lfm2", "plain"),
+        ("recurrent_gemma", "plain"),
         ("gpt_oss", "plain"),
     ],
 )
@@ -315,12 +316,24 @@ def test_other_models_get_the_fastest_layout_that_is_right(family: str, layout: 
     assert (method.reason == "") == (layout == "shared")
     if family == "bloom":  # ALiBi, in an attention of its own
         assert NO_ATTENTION in method.reason
-    if family == "lfm2":  # its convolutions look across
+    if family in ("lfm2", "recurrent_gemma"):  # convolutions and recurrent states look across
         assert "shared with a fused head: log-probs differ by" in method.reason
         assert "packed with a fused head: log-probs differ by" in method.reason
     if family == "gpt_oss":
         assert "it can't be computed: attention with s_aux" in method.reason
     _right(model, method)
+
+
+def test_convolutions_of_little_weight_are_found_out_too() -> None:
+    model = sharpened(build_model("lfm2"), 0.5)
+    unchecked = all_scores(model, TELLING, Method("shared"), 1000, 0)
+    with torch.no_grad():
+        wanted = [logprobs_from_logits(model, one).tolist() for one in TELLING]
+    worst = max(
+        abs(a - b) for mine, theirs in zip(unchecked, wanted, strict=True) for a, b in zip(mine, theirs, strict=True)
+    )
+    assert worst < 0.01, "the test has something to show"
+    assert _chosen(model).layout == "plain"
 
 
 def test_attention_that_looks_across_is_found_out() -> None:

@@ -93,9 +93,8 @@ _REFERENCES: dict[Any, Any] = {}
     [
         ("shared", 1, "lora"),
         ("shared", 50, "full"),
-        ("shared", 2048, "lora"),
-        ("packed", 50, "lora"),
-        ("plain", 1, "lora"),
+        ("shared", 2048, "full"),
+        ("packed", 50, "full"),
         ("plain", 50, "full"),
     ],
 )
@@ -123,8 +122,7 @@ def test_neither_passes_nor_layouts_change_training(
         torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-5, msg=f"{name}: {{}}".format)
 
 
-@pytest.mark.parametrize("tokens_per_pass", [50, 10**6])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "tokens_per_pass"), [("shared", 50), ("packed", 10**6), ("plain", 50)])
 def test_the_supervised_loss_is_that_of_transformers(layout: Layout, tokens_per_pass: int, tmp_path: Path) -> None:
     """Of one padded batch with labels, -100 where nothing is to be predicted."""
     examples = _examples(8)
@@ -210,9 +208,7 @@ def test_pairs_with_the_same_prompt_go_through_the_model_together(tmp_path: Path
 # --- as accelerate wraps the model ---
 
 
-@pytest.mark.parametrize(
-    ("layout", "training"), [("shared", "full"), ("shared", "lora"), ("packed", "full"), ("plain", "lora")]
-)
+@pytest.mark.parametrize(("layout", "training"), [("shared", "full"), ("shared", "lora"), ("plain", "full")])
 def test_under_autocast_in_bfloat16_it_learns_the_same_within_rounding(
     layout: Layout, training: str, tmp_path: Path
 ) -> None:
@@ -237,10 +233,9 @@ def test_under_autocast_in_bfloat16_it_learns_the_same_within_rounding(
     assert F.cosine_similarity(ours, right, dim=0) > 0.95
 
 
-@pytest.mark.parametrize("kind", [_spin, _sft])
-def test_checkpointed_layers_train_the_same(kind: Callable[..., PassTrainer[Any]], tmp_path: Path) -> None:
+def test_checkpointed_layers_train_the_same(tmp_path: Path) -> None:
     runs = [
-        _trained(kind(tmp_path, adapted(build_model("gpt_neo")), Method("shared"), 80, gradient_checkpointing=again))
+        _trained(_spin(tmp_path, adapted(build_model("gpt_neo")), Method("shared"), 80, gradient_checkpointing=again))
         for again in (True, False)
     ]
     for name, weight in runs[1][1].items():

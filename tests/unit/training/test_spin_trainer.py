@@ -436,6 +436,13 @@ def test_the_order_is_a_function_of_the_seed_and_the_epoch() -> None:
     assert len(again) == 11
 
 
+def test_the_seed_of_the_data_goes_before_the_seed(tmp_path: Path) -> None:
+    def order(**seeds: int) -> list[int]:
+        return list(_trainer(tmp_path, _token_rows(9), **seeds)._get_train_sampler())
+
+    assert order(seed=1, data_seed=0) == order(seed=0) != order(seed=1)
+
+
 def test_pairs_with_the_same_prompt_come_together() -> None:
     prompts = "abacbdeafgb"
     for epoch in range(5):
