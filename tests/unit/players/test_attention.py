@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from spinlm.players.attention import SegmentedAttention
 
@@ -76,6 +77,18 @@ def test_a_row_longer_than_any_before_it_gets_a_mask_of_its_size() -> None:
             mask = mask if window is None else mask.triu(1 - window)
             whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
             torch.testing.assert_close(out, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_block_masks_say_the_same(window: int | None, softcap: float | None) -> None:
+    """The way of GPUs, by flex attention before it is compiled: on a CPU forward alone."""
+    torch.manual_seed(0)
+    attention = SegmentedAttention()
+    attention.segments = SEGMENTS
+    q, k, v = (_states(heads).detach() for heads in (4, 2, 2))
+    out = attention.by_blocks(q, k, v, 0.4, window, softcap, flex_attention)
+    torch.testing.assert_close(out, _by_definition(q, k, v, 0.4, window, softcap), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["s_aux", "position_bias", "dropout"])

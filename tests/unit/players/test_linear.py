@@ -1,0 +1,80 @@
+"""Linear layers by oneDNN, against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from spinlm.players.linear import fast_linear_layers, linear
+
+
+def _gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 1, output.numel()).view_as(output)
+    return torch.autograd.grad((output * weights).sum(), inputs)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 1, 7)])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_product_and_gradients(shape: tuple[int, ...], with_bias: bool, transposed: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    weight = (torch.randn(7, 4).t() if transposed else torch.randn(4, 7)).requires_grad_()
+    bias = torch.randn(4, requires_grad=True) if with_bias else None
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    ours, theirs = linear(x, weight, bias), F.linear(x, weight, bias)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for mine, expected in zip(_gradients(ours, *inputs), _gradients(theirs, *inputs), strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_weight_keeps_no_input() -> None:
+    kept: list[Tensor] = []
+    x, weight = torch.randn(6, 7, requires_grad=True), torch.randn(4, 7)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        linear(x, weight)
+    assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr()]
+
+
+def test_a_gradient_that_does_not_lie_in_one_piece() -> None:
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5)
+    (ours,) = torch.autograd.grad(linear(x, weight).t().contiguous().sum(1) @ torch.arange(4.0), x)
+    torch.testing.assert_close(ours, torch.arange(4.0) @ weight.expand(3, 4, 5))
+    (of_a_view,) = torch.autograd.grad(linear(x, weight).sum(), x)  # its gradient is expanded from one number
+    torch.testing.assert_close(of_a_view, weight.sum(0).expand(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_are_left_to_torch(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(3, 5, dtype=dtype), torch.randn(4, 5, dtype=dtype)
+    assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+def test_under_autocast_it_is_autocast() -> None:
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+
+
+def test_layers_are_exchanged_for_a_while_and_see_new_weights() -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), Conv1D(4, 6), nn.Linear(4, 2, bias=False))
+    x = torch.randn(3, 5)
+    plain = model(x)
+    with fast_linear_layers(model):
+        names = [name for name, module in model.named_modules() if "forward" in vars(module)]
+        torch.testing.assert_close(model(x), plain, atol=1e-6, rtol=1e-5)
+        with torch.no_grad():
+            model[3].weight.mul_(2)
+        torch.testing.assert_close(model(x), 2 * plain, atol=1e-6, rtol=1e-5)
+    assert names == ["0", "2", "3"]
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_layers_are_given_back_after_an_exception() -> None:
+    model = nn.Sequential(nn.Linear(5, 6))
+    with pytest.raises(RuntimeError, match="on purpose"), fast_linear_layers(model):
+        raise RuntimeError("on purpose")
+    assert "forward" not in vars(model[0])
