@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 from spinlm.config import PromptSection
 from spinlm.data.render import Renderer
@@ -73,7 +73,10 @@ def with_generate_batch(model: Any, renderer: Renderer, prompts: Sequence[list[i
     how = GenerationConfig(
         max_new_tokens=CAP, do_sample=True, top_k=0, eos_token_id=stops(renderer)[0], pad_token_id=renderer.pad_id
     )
-    outputs = model.get_base_model().generate_batch(list(prompts), generation_config=how, progress_bar=False)
+    blocks = ContinuousBatchingConfig(num_blocks=2 * len(prompts), max_batch_tokens=256)  # else it takes all memory
+    outputs = model.get_base_model().generate_batch(
+        list(prompts), generation_config=how, continuous_batching_config=blocks
+    )
     by_prompt = {tuple(output.prompt_ids): list(output.generated_tokens) for output in outputs.values()}
     return [(prompt, by_prompt[tuple(prompt)]) for prompt in prompts]
 

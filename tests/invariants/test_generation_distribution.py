@@ -20,7 +20,7 @@ from unit.generation.adapters import with_adapter
 from unit.players.families import build_model
 
 STOPS = {tiny.END_OF_TEXT, tiny.IM_END}
-CAP = 16
+CAP = 12
 COUNT = 64
 
 

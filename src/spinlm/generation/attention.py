@@ -60,8 +60,8 @@ def attend(
     """
     rows, heads, length, size = query.shape
     biased = any(others.get(name) is not None for name in ("position_bias", "softcap"))
-    masked = attention_mask is None or attention_mask.dtype == torch.bool
-    if length > 1 or biased or not masked or query.dtype != torch.float32:
+    plain_mask = attention_mask is None or attention_mask.dtype == torch.bool
+    if length > 1 or biased or not plain_mask or query.dtype != torch.float32:
         attended: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **others
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import weakref
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +39,9 @@ class SlotCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, rows: int, columns: int) -> None:
-        super().__init__(layer_class_to_replicate=lambda: _SlotLayer(self))
+        # In a ring of references so much memory would wait for the garbage collector.
+        myself: Any = weakref.proxy(self)
+        super().__init__(layer_class_to_replicate=partial(_SlotLayer, myself))
         self.size = (rows, columns)
         self.rows = self.begin = self.end = 0
         self.prefilling: Tensor | None = None

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tiny
 from spinlm.config import GenerationSection, PromptSection
 from spinlm.data.pairs import Group
 from spinlm.data.render import Renderer
 from spinlm.generation.engine import Request, Response, Sampling, request_seed
+from spinlm.generation.slot_cache import SlotCache
 from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.players.logprobs import Method, all_scores
 from unit.players.families import build_model
@@ -60,6 +63,25 @@ def test_only_mamba_is_decoded_in_whole_batches(family: str) -> None:
     engine = TransformersEngine(tiny.build_model(family), _renderer())
     assert engine.batching == ("whole" if family == "mamba" else "continuous")
     assert engine.packs_weights == (family != "mamba")
+
+
+def test_a_model_without_any_cache_is_decoded_in_whole_batches() -> None:
+    config = transformers.OpenAIGPTConfig(vocab_size=tiny.VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    model = transformers.OpenAIGPTLMHeadModel(config).eval()
+    assert TransformersEngine(model, _renderer()).batching == "whole"
+    assert len(_generate(model, _requests(3), Sampling(4))) == 3
+
+
+@pytest.mark.parametrize("batch_size", [3, None])
+def test_the_cache_is_given_back_at_once(batch_size: int | None) -> None:
+    model = build_model("llama")
+    gc.collect()
+    gc.disable()
+    try:
+        _generate(model, _requests(4), FREE, batch_size)
+        assert not [thing for thing in gc.get_objects() if type(thing) is SlotCache]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
