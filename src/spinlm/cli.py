@@ -107,6 +107,37 @@ def evaluate(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument = None,
+    overrides: Overrides = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for this GPU (H100, A100-80, RTX 4090, …), not this machine.")
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", help="Devices to run on.", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, operations, seconds.")] = False,
+) -> None:
+    """The memory, work and time that a recipe will take; loads no weights and writes nothing."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from spinlm.planning import plan as plan_recipe
+
+    planned = plan_recipe(_recipe(recipe, overrides, model, data), gpu, processes)
+    if as_json:
+        typer.echo(json.dumps(planned.as_dict(), indent=2))
+        return
+    console = Console()
+    for table in planned.tables():
+        console.print(table)
+    for line in planned.assumptions:
+        console.print(escape(line), soft_wrap=True)
+    for line in planned.warnings:
+        console.print(f"warning: {escape(line)}", style="bold red", soft_wrap=True)
+
+
+@app.command()
 def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     """What is done, what is left, how long it took."""
     from rich.console import Console

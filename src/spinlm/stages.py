@@ -152,9 +152,9 @@ class Stages:
         source = Path(self.recipe.data.source).expanduser()
         files = file_hashes(source) if source.exists() else None
         artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
-        _check_context(self.recipe, context_length(self.players.config))
+        check_context(self.recipe, context_length(self.players.config))
         if self.processes.is_main_process and self._needs_making(artifact):
-            split = self._prepare_data()
+            split = prepare_data(self.recipe, self.players, self.renderer)
             with self._timed("data"), artifact.staging() as place:
                 place.mkdir()
                 for part in ("train", "held_out", "dropped"):
@@ -174,13 +174,6 @@ class Stages:
     def played(self) -> list[TokenizedExample]:
         """The training examples whose prompts the opponents answer."""
         return self.data.train[: self.recipe.generation.max_prompts]
-
-    def _prepare_data(self) -> Split:
-        check_vocabulary(self.players.tokenizer, self.players.config)
-        examples, dropped = load_examples(self.recipe.data)
-        split = prepare(examples, dropped, self.renderer, self.recipe.data, self.recipe.seed)
-        _check_measure(self.recipe, split)
-        return split
 
     def _say_data(self, split: Split) -> None:
         dropped = "".join(f"; dropped {count}: {reason}" for reason, count in split.drop_counts().items())
@@ -651,7 +644,25 @@ class Stages:
                     file.write(json.dumps(timing) + "\n")
 
 
-def _check_context(recipe: Recipe, context: int | None) -> None:
+def prepare_data(recipe: Recipe, players: Players, renderer: Renderer) -> Split:
+    """The dataset as a run uses it, read from its source.
+
+    Raises:
+        UserError: It can't be read, or doesn't fit the recipe.
+    """
+    check_vocabulary(players.tokenizer, players.config)
+    examples, dropped = load_examples(recipe.data)
+    split = prepare(examples, dropped, renderer, recipe.data, recipe.seed)
+    _check_measure(recipe, split)
+    return split
+
+
+def check_context(recipe: Recipe, context: int | None) -> None:
+    """Refuse lengths that the model can't take.
+
+    Raises:
+        UserError: With both numbers.
+    """
     data, new = recipe.data, recipe.generation.max_new_tokens
     if context is None:
         return

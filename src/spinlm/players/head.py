@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from spinlm.players.linear import linear
@@ -75,9 +76,8 @@ def _chunk_logprobs(head: Any, scale: LogitScale, hidden: Tensor, targets: Tenso
 def _is_frozen_linear(head: Any) -> bool:
     """Nothing of it is trained, and its weights are whole in this process."""
     frozen = not any(parameter.requires_grad for parameter in head.parameters())
-    return (
-        frozen and type(head) is nn.Linear and type(head.weight) is nn.Parameter and not hasattr(head.weight, "ds_id")
-    )
+    elsewhere = isinstance(getattr(head, "weight", None), DTensor) or hasattr(getattr(head, "weight", None), "ds_id")
+    return frozen and type(head) is nn.Linear and not elsewhere
 
 
 class _FrozenHead(torch.autograd.Function):

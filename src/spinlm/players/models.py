@@ -152,6 +152,27 @@ class Players:
         self._model.requires_grad_(False)
         return self._model
 
+    def sketch(self) -> Any:
+        """The main player at its start, of shapes alone: on the meta device, without weights.
+
+        Raises:
+            UserError: The configuration can't be read, or the adapter doesn't fit the model.
+        """
+        wanted = self._section.attn_implementation
+        try:
+            with torch.device("meta"):
+                base = AutoModelForCausalLM.from_config(
+                    self.config,
+                    dtype=self._dtype(),
+                    trust_remote_code=self._section.trust_remote_code,
+                    attn_implementation=wanted if wanted == "eager" else None,  # of the others each takes as much
+                )
+                switch_off_dropout(base)
+                base.requires_grad_(self._adapter is None)
+                return base if self._adapter is None else self._new_adapter(base)
+        except (ValueError, KeyError, ImportError) as error:
+            raise UserError(f"model.name: {self._section.name} can't be built: {first_line(error)}") from None
+
     # --- loading ---
 
     @cached_property
