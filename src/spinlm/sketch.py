@@ -141,7 +141,8 @@ class Sketch:
 
     def packed_bytes(self) -> int:
         """Of copies of the float32 linear layers, as generation packs them on a CPU."""
-        return sum(module.weight.nbytes for module in self._linears() if module.weight.dtype == torch.float32)
+        sizes: list[int] = [one.weight.nbytes for one in self._linears() if one.weight.dtype == torch.float32]
+        return sum(sizes)
 
     def _linears(self) -> Iterator[Any]:
         for name, module in self._model.named_modules():
