@@ -259,8 +259,9 @@ def test_tensor_cores_take_what_they_take() -> None:
 
 
 MEASURE = """
-import json, sys
+import gc, json, sys
 from pathlib import Path
+from transformers import AutoModelForCausalLM, LlamaConfig
 from spinlm.config import recipe_from
 from spinlm.data.pairs import Pair
 from spinlm.data.render import Renderer
@@ -276,11 +277,14 @@ recipe = recipe_from(json.loads(sys.argv[1]), "here")
 players = Players(recipe.model, recipe.adapter)
 split = prepare_data(recipe, players, Renderer(players.tokenizer, recipe.prompt, players.stop_ids()))
 pairs = [Pair(e.prompt_ids, e.real_ids, [1] * len(e.real_ids), float("nan"), float("nan")) for e in split.train]
+settings = recipe.training.arguments() | {"learning_rate": 1e-3, "num_train_epochs": 2, "save_strategy": "no"}
+args = SPINConfig(sys.argv[2], use_cpu=True, tokens_per_pass=recipe.tokens_per_pass, **settings)
+one_layer = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=1, vocab_size=2000)
+SPINTrainer(AutoModelForCausalLM.from_config(one_layer), args, pairs).train()  # the program itself is there now
+gc.collect()
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
 model = players.main_player(players.base_player(), seed=0)
-settings = recipe.training.arguments() | {"learning_rate": 1e-3, "num_train_epochs": 2, "save_strategy": "no"}
-args = SPINConfig(sys.argv[2], use_cpu=True, tokens_per_pass=recipe.tokens_per_pass, **settings)
 SPINTrainer(model, args, pairs).train()
 print(resident("VmHWM") - before)
 """
@@ -290,7 +294,8 @@ print(resident("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_135m_takes_what_was_planned(checkpointing: bool, tmp_path: Path) -> None:
-    """A process's resident memory at its most, above what it was before the weights were there.
+    """A process's resident memory at its most, above what it was before the weights were there,
+    after a small model was trained in it.
 
     The allocator is told to give memory back: left to itself, glibc keeps more than half as much again, each time
     another amount.
