@@ -136,7 +136,8 @@ class Sketch:
         whole: int = sum(tensor.nbytes for tensor in self._tensors()) - self.adapter_bytes()
         if not self._in_4bit:
             return whole
-        quantised = [module.weight for module in self._linears() if module is not self._base.get_output_embeddings()]
+        head = self._base.get_output_embeddings()
+        quantised: list[Tensor] = [module.weight for module in self._linears() if module is not head]
         return whole - sum(w.nbytes for w in quantised) + int(sum(NF4_BYTES * w.numel() for w in quantised))
 
     def packed_bytes(self) -> int:
