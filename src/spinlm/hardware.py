@@ -108,10 +108,9 @@ def this_machine(device: torch.device, dtype: torch.dtype) -> Machine:
     bandwidth = 2 * source.nbytes / _shortest(lambda: target.copy_(source), device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        memory = int(torch.cuda.get_device_properties(device).total_memory)
     else:
-        name, memory = f"this machine ({torch.get_num_threads()} threads)", _machine_memory()
-    return Machine(name, is_gpu, peak, bandwidth, memory, measured=True)
+        name = f"this machine ({torch.get_num_threads()} threads)"
+    return Machine(name, is_gpu, peak, bandwidth, total_memory(device), measured=True)
 
 
 def _shortest(compute: Callable[[], object], device: torch.device, seconds: float = 0.7) -> float:
@@ -133,13 +132,18 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _machine_memory() -> int:
-    """Bytes of the machine, or of the control group that this process is confined to."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    group = Path("/sys/fs/cgroup/memory.max")
-    if group.exists() and (text := group.read_text().strip()).isdecimal():
-        limits.append(int(text))
-    return min(limits)
+def total_memory(device: torch.device) -> int:
+    """Bytes of the GPU, or else of the machine or the control group that this process is confined to."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *_cgroup_limits()])
+
+
+def _cgroup_limits() -> list[int]:
+    files = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
+    texts = [file.read_text().strip() for file in files if file.exists()]
+    return [int(text) for text in texts if text.isdecimal()]
 
 
 def _plain(name: str) -> str:

@@ -15,6 +15,8 @@ from spinlm.config import Recipe, TrainerSection, at
 from spinlm.data.pairs import Group
 from spinlm.data.prepare import Split, TokenizedExample
 from spinlm.data.render import Renderer
+from spinlm.generation.continuous import LOGITS_COPIES, PREFILL_TOKENS, PREFILL_TOKENS_ON_GPU, columns_needed
+from spinlm.generation.memory import rows_that_fit
 from spinlm.hardware import Machine, check_gpu, named_gpu, this_machine
 from spinlm.players.layouts import count_tokens, into_passes
 from spinlm.players.models import Players, context_length
@@ -26,15 +28,6 @@ SHARES = {"cpu": {"train": 0.6, "score": 0.6, "decode": 0.4}, "gpu": {"train": 0
 
 BANDWIDTH_SHARE = 0.6
 """Of the bandwidth, what decoding is assumed to attain: every step reads all weights."""
-
-# --- generation's memory: what the engine decides, said again here for machines that aren't at hand ---
-
-SPARE_COLUMNS = 64
-LOGITS_COPIES = 4
-MOST_ROWS = {"cpu": 128, "gpu": 512}
-PREFILL_TOKENS = {"cpu": 1024, "gpu": 8192}
-ROWS_SHARE = 0.5
-"""Of the memory beside the weights, for rows."""
 
 
 @dataclass(frozen=True)
@@ -293,7 +286,7 @@ class _Planner:
     @cached_property
     def _decoding(self) -> tuple[int, int, int]:
         prompts = [len(e.prompt_ids) for e in (*self._played, *self._split.held_out)]
-        tokens = max(max(prompts), min(PREFILL_TOKENS["gpu" if self._is_gpu else "cpu"], sum(prompts)))
+        tokens = max(max(prompts), min(PREFILL_TOKENS_ON_GPU if self._is_gpu else PREFILL_TOKENS, sum(prompts)))
         return self._sketch.decoding(tokens)
 
     @property
@@ -301,7 +294,7 @@ class _Planner:
         """Of one response's keys and values, and of its logits while a token is drawn."""
         longest = max(len(e.prompt_ids) for e in (*self._played, *self._split.held_out))
         a_token, logits, _ = self._decoding
-        columns = longest + self._recipe.generation.max_new_tokens + SPARE_COLUMNS
+        columns = columns_needed(longest, self._recipe.generation.max_new_tokens)
         return columns * a_token, LOGITS_COPIES * logits
 
     @cached_property
@@ -312,8 +305,8 @@ class _Planner:
     def _rows(self) -> int:
         section = self._recipe.generation
         requests = section.shard_size * section.responses_per_prompt
-        room = ROWS_SHARE * (self._machine.memory - self._sketch.weight_bytes() - self._packed_bytes)
-        fitting = max(1, min(MOST_ROWS["gpu" if self._is_gpu else "cpu"], int(room / sum(self._row_bytes))))
+        held = self._sketch.weight_bytes() + self._packed_bytes
+        fitting = rows_that_fit(self._machine.memory, held, sum(self._row_bytes), self._is_gpu)
         return min(section.batch_size or fitting, requests)
 
     def _generation_phase(self) -> Phase:

@@ -20,7 +20,7 @@ from spinlm.errors import UserError, first_line
 from spinlm.players.attention import takes_segments
 from spinlm.players.layouts import LAYOUTS, Layout, count_tokens, lay_out
 from spinlm.players.logprobs import Method, causal_lm, response_logprobs, scoring
-from spinlm.players.models import Players, compute_dtype
+from spinlm.players.models import Players
 from spinlm.players.tally import Tally
 from spinlm.training.checkpoints import Arguments
 
@@ -113,7 +113,7 @@ class Sketch:
         with self._fake:
             _fill(self._model)
         self._base = causal_lm(self._model)
-        self.dtype = torch.bfloat16 if load_in_4bit else compute_dtype(self._model, precision)
+        self.dtype = torch.bfloat16 if load_in_4bit else players.compute_dtype
         layouts = LAYOUTS if recipe.layout == "auto" else (recipe.layout,)
         self.method = self._find_method(layouts)
 

@@ -14,9 +14,9 @@ from spinlm.generation.engine import OnProgress, Request, Sampling
 from spinlm.generation.sampling import Sampler
 from spinlm.generation.slot_cache import SlotCache
 
-PREFILL_TOKENS = {"cpu": 1024}
+PREFILL_TOKENS = 1024
 """Prompt tokens in one forward pass, at most (but for a single prompt that is longer): what a CPU's caches hold."""
-PREFILL_TOKENS_ELSEWHERE = 8192
+PREFILL_TOKENS_ON_GPU = 8192
 
 SPARE_COLUMNS = 64
 """Columns more than the longest response needs: how many steps lie between two moves of the cache, at least."""
@@ -64,7 +64,7 @@ class ContinuousBatch:
         self._pad_id = pad_id
         self._on_progress = on_progress
         self._device = next(model.parameters()).device
-        self._prefill_tokens = PREFILL_TOKENS.get(self._device.type, PREFILL_TOKENS_ELSEWHERE)
+        self._prefill_tokens = PREFILL_TOKENS_ON_GPU if self._device.type == "cuda" else PREFILL_TOKENS
         self._last_only = last_logits_argument(model)
         self._sampler = Sampler([request.seed for request in requests], sampling, self._device)
         self.token_ids: list[list[int]] = [[] for _ in requests]

@@ -12,10 +12,11 @@ from spinlm.data.render import Renderer
 from spinlm.generation.attention import decoding_attention
 from spinlm.generation.continuous import ContinuousBatch, columns_needed, row_bytes
 from spinlm.generation.engine import OnProgress, Request, Response, Sampling
-from spinlm.generation.memory import rows_that_fit, total_memory
+from spinlm.generation.memory import rows_that_fit
 from spinlm.generation.packed_linear import packed_bytes, packed_linears
 from spinlm.generation.slot_cache import supports_slots
 from spinlm.generation.whole_batches import decode_whole_batch
+from spinlm.hardware import total_memory
 
 WHOLE_BATCH = 32
 """Responses in a whole batch, where no other number is asked for."""
@@ -94,7 +95,9 @@ class TransformersEngine:
 
     def _rows_that_fit(self, requests: Sequence[Request], sampling: Sampling) -> int:
         columns = columns_needed(max(len(request.prompt_ids) for request in requests), sampling.max_new_tokens)
-        return rows_that_fit(self._model, row_bytes(self._model, columns), self._packed_bytes)
+        held = sum(parameter.nbytes for parameter in self._model.parameters()) + self._packed_bytes
+        on_gpu = self._device.type == "cuda"
+        return rows_that_fit(total_memory(self._device), held, row_bytes(self._model, columns), on_gpu)
 
     def _bytes_to_pack(self) -> int:
         usable = self._device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

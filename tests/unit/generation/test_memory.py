@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import tiny
-from spinlm.generation import memory
 from spinlm.generation.continuous import columns_needed, row_bytes
-from spinlm.generation.memory import rows_that_fit, total_memory
+from spinlm.generation.memory import MOST_ROWS, MOST_ROWS_ON_GPU, rows_that_fit
+from spinlm.hardware import total_memory
 
 
-def test_rows_share_half_of_what_the_weights_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(100, 10, bias=False)  # 4,000 bytes
-    monkeypatch.setattr(memory, "total_memory", lambda device: 10_000)
-    assert rows_that_fit(model, row_bytes=100, copied_bytes=2_000) == 20
-    assert rows_that_fit(model, row_bytes=3_000, copied_bytes=2_000) == 1
-    assert rows_that_fit(model, row_bytes=1, copied_bytes=0) == memory.MOST_ROWS["cpu"]
+def test_rows_share_half_of_what_is_left() -> None:
+    assert rows_that_fit(total=10_000, held=6_000, row_bytes=100, on_gpu=False) == 20
+    assert rows_that_fit(total=10_000, held=6_000, row_bytes=3_000, on_gpu=False) == 1
+    assert rows_that_fit(total=10_000, held=6_000, row_bytes=1, on_gpu=False) == MOST_ROWS
+    assert rows_that_fit(total=10_000, held=6_000, row_bytes=1, on_gpu=True) == MOST_ROWS_ON_GPU
+    assert rows_that_fit(total=10_000, held=16_000, row_bytes=1, on_gpu=True) == 1
 
 
 def test_a_row_takes_its_keys_and_values_and_its_logits() -> None:
