@@ -128,13 +128,13 @@ def test_a_tally_counts_what_is_there_and_the_products() -> None:
     [
         pytest.param({}, id="adapter"),
         pytest.param({"adapter": None}, id="full"),
-        pytest.param({"adapter": None, "training": {"optim": "rmsprop"}}, id="rmsprop"),
-        pytest.param({"tokens_per_pass": 200}, id="several-passes"),
-        pytest.param({"adapter": None, "tokens_per_pass": 200}, id="full-several-passes"),
+        pytest.param({"adapter": None, "training": {"optim": "rmsprop"}}, id="rmsprop", marks=pytest.mark.slow),
+        pytest.param({"tokens_per_pass": 200}, id="several-passes", marks=pytest.mark.slow),
+        pytest.param({"adapter": None, "tokens_per_pass": 200}, id="full-several-passes", marks=pytest.mark.slow),
         pytest.param({"training": {"gradient_checkpointing": True}}, id="checkpointed"),
         pytest.param({"adapter": None, "training": {"bf16": True}}, id="full-bf16"),
-        pytest.param({"training": {"bf16": True}}, id="adapter-bf16"),
-        pytest.param({"layout": "packed"}, id="packed"),
+        pytest.param({"training": {"bf16": True}}, id="adapter-bf16", marks=pytest.mark.slow),
+        pytest.param({"layout": "packed"}, id="packed", marks=pytest.mark.slow),
         pytest.param({"layout": "plain"}, id="plain"),
     ],
 )
@@ -172,6 +172,7 @@ def planned_2_7b(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return plan(recipe, gpu="A100-80")
 
 
+@pytest.mark.slow
 def test_the_parts_of_2_7b(planned_2_7b: Plan) -> None:
     parts = _phase(planned_2_7b, "train")
     with torch.device("meta"):
@@ -243,6 +244,7 @@ def test_4_bit_weights_by_arithmetic(small: Path, tmp_path: Path) -> None:
     assert saved == pytest.approx(linear * (2 - 0.5625), abs=1)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(planned_2_7b: Plan, tmp_path: Path) -> None:
     assert not planned_2_7b.warnings
     model = _save(tmp_path / "model", GPT_NEO_2_7B, weights=False)
