@@ -71,13 +71,14 @@ def _chosen(only: str, quick: bool) -> list[str]:
 def _measure(what: object, names: list[str], path: Path, resume: bool) -> bool:
     """Take the measures; whether one of them failed."""
     from benchmarks.bench import Bench, Skipped
-    from benchmarks.machine import machine, versions
+    from benchmarks.machine import PACKAGES, machine
     from benchmarks.measures import MEASURES
     from benchmarks.record import Results
+    from spinlm.api import versions
 
     assert isinstance(what, Bench)
     _be_quiet()
-    header = {"machine": machine(what.sizes.peak_size), "versions": versions()}
+    header = {"machine": machine(what.sizes.peak_size), "versions": versions(PACKAGES)}
     results = Results(path, header, resume, say=_say)
     any_failed = False
     for name in names:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from spinlm.hardware import total_memory
 
 PACKAGES = ("spinlm", "torch", "transformers", "peft", "accelerate", "trl")
 _WIDE = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve")
@@ -24,21 +25,10 @@ def machine(peak_size: int) -> dict[str, Any]:
         "vector_units": [name for name in _WIDE if name in flags],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(total_memory(torch.device("cpu")) / 2**30, 1),
         "system": platform.platform(),
         "matrix_peak_gflops": round(matrix_peak(peak_size) / 1e9, 1),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the figures."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def matrix_peak(size: int, tries: int = 4) -> float:

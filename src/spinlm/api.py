@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from functools import cached_property
@@ -241,10 +241,10 @@ def _weights_of(source: Run, iteration: str) -> Path:
     return found[0]
 
 
-def versions() -> dict[str, str]:
-    """Of what decides a run's numbers."""
+def versions(packages: Sequence[str] = _RECORDED) -> dict[str, str]:
+    """Of Python and of packages; by default of those that decide a run's numbers."""
     found = {"python": platform.python_version()}
-    for name in _RECORDED:
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

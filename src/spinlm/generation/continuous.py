@@ -13,6 +13,7 @@ from torch import Tensor
 from spinlm.generation.engine import OnProgress, Request, Sampling
 from spinlm.generation.sampling import Sampler
 from spinlm.generation.slot_cache import SlotCache
+from spinlm.players.logprobs import causal_lm
 
 PREFILL_TOKENS = 1024
 """Prompt tokens in one forward pass, at most (but for a single prompt that is longer): what a CPU's caches hold."""
@@ -212,8 +213,7 @@ def row_bytes(model: Any, columns: int) -> int:
 
 def last_logits_argument(model: Any) -> dict[str, int]:
     """What asks a model for the last token's logits alone, where it can be asked."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters else {}
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

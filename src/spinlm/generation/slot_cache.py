@@ -11,10 +11,12 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from spinlm.players.logprobs import causal_lm
+
 
 def supports_slots(model: Any) -> bool:
     """Whether all that the model remembers of a token is a key and a value in each layer."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = causal_lm(model)
     if bare._is_stateful or not bare._supports_default_dynamic_cache():
         return False
     if "past_key_values" not in inspect.signature(bare.forward).parameters:
