@@ -18,7 +18,7 @@ from spinlm.data.render import Renderer
 from spinlm.generation.continuous import LOGITS_COPIES, PREFILL_TOKENS, PREFILL_TOKENS_ON_GPU, columns_needed
 from spinlm.generation.memory import rows_that_fit
 from spinlm.hardware import Machine, check_gpu, named_gpu, this_machine
-from spinlm.players.layouts import count_tokens, into_passes
+from spinlm.players.layouts import count_tokens, into_passes, tokens_per_pass
 from spinlm.players.models import Players, context_length
 from spinlm.sketch import Extent, Sketch, Work, extent_of
 from spinlm.stages import check_context, prepare_data
@@ -144,6 +144,7 @@ class _Planner:
         self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
         self._players = Players(self._model_section(), recipe.adapter, self._precision)
         self._is_gpu = gpu is not None or self._players.device.type != "cpu"
+        self._tokens_per_pass = tokens_per_pass(recipe.tokens_per_pass, self._is_gpu)
         check_context(recipe, context_length(self._players.config))
 
     def _model_section(self) -> Any:
@@ -211,14 +212,14 @@ class _Planner:
 
     def _passes(self, groups: Sequence[Group]) -> list[list[Group]]:
         """As the trainer and scoring make them."""
-        return into_passes(groups, self._tokens, self._recipe.tokens_per_pass)
+        return into_passes(groups, self._tokens, self._tokens_per_pass)
 
     def _fitting(self, groups: Sequence[Group]) -> Iterator[Group]:
         """Groups of pairs, divided where their responses together are too many for a pass."""
         for one in groups:
             real, *synthetic = one.responses
             prompt = one.prompt_ids
-            if len(synthetic) < 2 or self._tokens([one]) <= self._recipe.tokens_per_pass:
+            if len(synthetic) < 2 or self._tokens([one]) <= self._tokens_per_pass:
                 yield one
             else:
                 for part in self._passes([Group(prompt, [real, other]) for other in synthetic]):

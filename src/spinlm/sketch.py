@@ -60,7 +60,8 @@ def extent_of(groups: Sequence[Group], layout: Layout) -> Extent:
     for one in groups:
         prompt = len(one.prompt_ids)
         prompts = 1 if layout == "shared" else len(one.responses)
-        couples += prompts * prompt**2 + sum(len(r) * (prompt + len(r)) for r in one.responses)
+        read = (max(0, len(response) - 1) for response in one.responses)
+        couples += prompts * prompt**2 + sum(own * (prompt + own) for own in read)
     return Extent(tokens, responses, couples)
 
 

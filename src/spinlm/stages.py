@@ -29,7 +29,7 @@ from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.generation.vllm_engine import VLLMEngine
-from spinlm.players.layouts import LAYOUTS, count_tokens
+from spinlm.players.layouts import LAYOUTS, count_tokens, tokens_per_pass
 from spinlm.players.logprobs import Method, choose_method, score_groups
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
 from spinlm.reporting.progress import Progress
@@ -128,6 +128,7 @@ class Stages:
         extra = recipe.training.model_extra or {}
         self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
         self.players = Players(recipe.model, recipe.adapter, self._precision)
+        self._tokens_per_pass = tokens_per_pass(recipe.tokens_per_pass, self.players.device.type != "cpu")
         self._chosen_method: Method | None = None
         self._weights_kind = "adapter" if recipe.adapter is not None else "model"
         self._vllm: VLLMEngine | None = None
@@ -236,7 +237,7 @@ class Stages:
                 learning_rate=section.learning_rate,
                 num_train_epochs=section.num_train_epochs,
             )
-            return SFTTrainer(model, args, examples, self.renderer.pad_id, method, self.recipe.tokens_per_pass)
+            return SFTTrainer(model, args, examples, self.renderer.pad_id, method, self._tokens_per_pass)
 
         return self._train(name, name, name, start, inputs, make_trainer)
 
@@ -297,7 +298,7 @@ class Stages:
                 loss=section.loss,
                 learning_rate=learning_rate,
                 num_train_epochs=epochs,
-                tokens_per_pass=self.recipe.tokens_per_pass,
+                tokens_per_pass=self._tokens_per_pass,
             )
             trainer = SPINTrainer(model, args, scored.pairs, pad_id=self.renderer.pad_id, method=method)
             trainer.dropped_identical = scored.identical
@@ -455,9 +456,7 @@ class Stages:
         self.close()
         model, method = self.players.opponent(player), self._method(player)
         with self.players.autocast():
-            for places, values in score_groups(
-                model, groups, method, self.recipe.tokens_per_pass, self.renderer.pad_id
-            ):
+            for places, values in score_groups(model, groups, method, self._tokens_per_pass, self.renderer.pad_id):
                 for place, scored in zip(places, values, strict=True):
                     logprobs[place] = dict(zip(different[place], scored, strict=True))
                 tokens = count_tokens([groups[place] for place in places], method.layout)

@@ -19,6 +19,7 @@ from spinlm.data.pairs import Group, Pair
 from spinlm.data.render import Renderer
 from spinlm.hardware import named_gpu
 from spinlm.planning import Plan, StageCost, plan
+from spinlm.players.layouts import tokens_per_pass
 from spinlm.players.logprobs import Method, all_scores
 from spinlm.players.models import Players
 from spinlm.players.tally import Tally
@@ -151,7 +152,7 @@ def test_scoring_memory_is_what_a_real_pass_takes(small: Path, tmp_path: Path) -
     groups = [Group(pair.prompt_ids, [pair.real_ids, pair.synthetic_ids]) for pair in _pairs(recipe, players)]
     model = players.opponent(players.base_player())
     with Tally([*model.parameters(), *model.buffers()]) as tally:
-        all_scores(model, groups, Method("shared"), recipe.tokens_per_pass, pad_id=0)
+        all_scores(model, groups, Method("shared"), tokens_per_pass(recipe.tokens_per_pass, on_gpu=False), pad_id=0)
     parts = _phase(plan(recipe), "score")
     assert parts["activations and temporaries"] == pytest.approx(tally.peak, rel=0.15)
 
@@ -211,9 +212,9 @@ def test_work_by_hand(tmp_path: Path) -> None:
 def test_the_extent_of_a_pass() -> None:
     groups = [Group([1, 2, 3], [[4, 5], [6]])]
     shared, packed, plain = (extent_of(groups, layout) for layout in ("shared", "packed", "plain"))
-    assert (shared.tokens, shared.responses, shared.couples) == (6, 3, 3 * 3 + 2 * 5 + 1 * 4)
-    assert (packed.tokens, packed.responses, packed.couples) == (9, 3, 2 * 3 * 3 + 2 * 5 + 1 * 4)
-    assert (plain.tokens, plain.responses, plain.couples) == (10, 3, 2 * 5 * 5)
+    assert (shared.tokens, shared.responses, shared.couples) == (4, 3, 3 * 3 + 1 * 4)
+    assert (packed.tokens, packed.responses, packed.couples) == (7, 3, 2 * 3 * 3 + 1 * 4)
+    assert (plain.tokens, plain.responses, plain.couples) == (8, 3, 2 * 4 * 4)
 
 
 def test_twice_the_pairs_are_twice_the_work_and_time(small: Path, tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from spinlm.players.layouts import Segment
 
 NAME = "spinlm_segments"
 
+QUERIES_AT_ONCE = 128
+"""Of a segment, so that a long one's later tokens are not products for its earlier ones to throw away."""
+
 
 def takes_segments(model: Any) -> bool:
     """Whether a causal language model's attention goes through transformers' interface (GPT-Neo's is led there)."""
@@ -75,7 +78,7 @@ class SegmentedAttention:
     def by_segments(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, softcap: float | None
     ) -> Tensor:
-        """One product for each segment with what it sees."""
+        """One product for each segment, or part of a long one, with what it sees."""
         lengths = [length for length, _ in self._segments]
         queries, keys, values = (torch.split(states, lengths, dim=2) for states in (query, key, value))
         outputs = []
@@ -83,8 +86,11 @@ class SegmentedAttention:
             k, v = keys[number], values[number]
             if before >= 0:
                 k, v = torch.cat([keys[before], k], dim=2), torch.cat([values[before], v], dim=2)
-            mask = self._causal_mask(length, k.shape[2], window, query.device)
-            outputs.append(_attend(queries[number], k, v, mask, scale, softcap).transpose(1, 2))
+            end = k.shape[2] - length
+            for part in torch.split(queries[number], QUERIES_AT_ONCE, dim=2):
+                end += part.shape[2]
+                mask = self._causal_mask(part.shape[2], end, window, query.device)
+                outputs.append(_attend(part, k[:, :, :end], v[:, :, :end], mask, scale, softcap).transpose(1, 2))
         return torch.cat(outputs, dim=1)
 
     def by_blocks(

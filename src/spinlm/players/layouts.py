@@ -3,6 +3,8 @@
 - `shared`: all in one row; a prompt once, then its responses side by side, each of which sees the prompt and itself.
 - `packed`: all in one row; the prompt again before each response, each couple by itself.
 - `plain`: a row for each couple, padded on the right: what every causal language model understands.
+
+The last token of a response is predicted but never read: it is in no row.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from spinlm.data.pairs import Group, Pair, group_pairs
 Layout = Literal["shared", "packed", "plain"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "plain")
 """The fastest first."""
+
+TOKENS_PER_PASS, TOKENS_PER_PASS_ON_GPU = 512, 2048
+"""Where no other number is asked for. On a CPU more are no faster: what they keep leaves its caches."""
 
 Item = TypeVar("Item")
 
@@ -111,10 +116,13 @@ def _one_row(groups: Sequence[Group]) -> dict[str, object]:
         positions += range(len(prompt))
         segments.append((len(prompt), -1))
         for response in responses:
-            predicting += [last_of_prompt, *range(len(ids), len(ids) + len(response) - 1)][: len(response)]
-            ids += response
-            positions += range(len(prompt), len(prompt) + len(response))
-            segments.append((len(response), prompt_number))
+            read = response[:-1]
+            if response:
+                predicting += [last_of_prompt, *range(len(ids), len(ids) + len(read))]
+            if read:
+                segments.append((len(read), prompt_number))
+            ids += read
+            positions += range(len(prompt), len(prompt) + len(read))
     return {
         "input_ids": torch.tensor([ids]),
         "attention_mask": None,
@@ -126,13 +134,13 @@ def _one_row(groups: Sequence[Group]) -> dict[str, object]:
 
 def _padded_rows(groups: Sequence[Group], pad_id: int) -> dict[str, object]:
     couples = [(one.prompt_ids, one.responses[0]) for one in groups]
-    width = max(len(prompt) + len(response) for prompt, response in couples)
+    width = max(_read(prompt, response) for prompt, response in couples)
     input_ids = torch.full((len(couples), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((len(couples), width), dtype=torch.long)
     predicting: list[int] = []
     for row, (prompt, response) in enumerate(couples):
-        length = len(prompt) + len(response)
-        input_ids[row, :length] = torch.tensor([*prompt, *response])
+        length = _read(prompt, response)
+        input_ids[row, :length] = torch.tensor([*prompt, *response][:length])
         attention_mask[row, :length] = 1
         first = row * width + len(prompt) - 1
         predicting += range(first, first + len(response))
@@ -145,12 +153,22 @@ def _padded_rows(groups: Sequence[Group], pad_id: int) -> dict[str, object]:
     }
 
 
+def _read(prompt: Sequence[int], *responses: Sequence[int]) -> int:
+    """The tokens of a prompt and of responses to it that a model has to read."""
+    return len(prompt) + sum(max(0, len(response) - 1) for response in responses)
+
+
 def count_tokens(groups: Sequence[Group], layout: Layout) -> int:
     """The tokens of a forward pass over these groups, padding included."""
     if layout == "shared":
-        return sum(len(one.prompt_ids) + sum(map(len, one.responses)) for one in groups)
-    couples = [len(one.prompt_ids) + len(response) for one in groups for response in one.responses]
+        return sum(_read(one.prompt_ids, *one.responses) for one in groups)
+    couples = [_read(one.prompt_ids, response) for one in groups for response in one.responses]
     return sum(couples) if layout == "packed" else len(couples) * max(couples, default=0)
+
+
+def tokens_per_pass(asked: int | None, on_gpu: bool) -> int:
+    """The number that was asked for, or the device's."""
+    return asked or (TOKENS_PER_PASS_ON_GPU if on_gpu else TOKENS_PER_PASS)
 
 
 def into_passes(

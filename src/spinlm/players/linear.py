@@ -1,4 +1,7 @@
-"""Linear layers by oneDNN on a CPU, where it multiplies float32 matrices faster than torch's own choice does."""
+"""Linear layers by oneDNN on a CPU, where it multiplies float32 matrices faster than torch's own choice does.
+
+A layer and its LoRA adapter are one operation there: the adapter's product is added to the layer's in place.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,14 +32,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def fast_linear_layers(model: Any) -> Iterator[None]:
-    """While it lasts, the model's linear layers on a CPU are computed by `linear`."""
+    """While it lasts, the model's linear layers on a CPU, and what adapts them, are computed by oneDNN."""
+    kinds = {nn.Linear: _Forward, Conv1D: _Forward, lora.Linear: _AdaptedForward}
     layers = [
         module
         for module in model.modules()
-        if type(module) in (nn.Linear, Conv1D) and module.weight.device.type == "cpu" and "forward" not in vars(module)
+        if type(module) in kinds and module.weight.device.type == "cpu" and "forward" not in vars(module)
     ]
     for layer in layers:
-        layer.forward = _Forward(layer)
+        layer.forward = kinds[type(layer)](layer)
     try:
         yield
     finally:
@@ -55,11 +60,44 @@ class _Forward:
         return linear(x, weight.t() if self._transposed else weight, self._layer.bias)
 
 
-def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
+class _AdaptedForward:
+    """Of one layer with LoRA adapters; anything but a single plain one is left to peft."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+        self._by_peft = layer.forward
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = self._layer
+        name = layer.active_adapters[0] if layer.active_adapters else ""
+        if args or kwargs or not _is_one_plain_adapter(layer, name):
+            return self._by_peft(x, *args, **kwargs)
+        base, down, up = layer.base_layer, layer.lora_A[name].weight, layer.lora_B[name].weight
+        if not _suits_onednn(x, base.weight, down, up):
+            return self._by_peft(x)
+        weight = base.weight.t() if type(base) is Conv1D else base.weight
+        return _AdaptedLinear.apply(x, weight, base.bias, down, up, layer.scaling[name])  # type: ignore[no-untyped-call]
+
+
+def _is_one_plain_adapter(layer: Any, name: str) -> bool:
+    return (
+        not layer.disable_adapters
+        and not layer.merged
+        and len(layer.active_adapters) == 1
+        and name in layer.lora_A
+        and name not in layer.lora_variant
+        and layer.lora_B[name].bias is None
+        and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
+        and type(layer.base_layer) in (nn.Linear, Conv1D)
+        and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
+    )
+
+
+def _suits_onednn(x: Tensor, *weights: Tensor) -> bool:
     return (
         x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and type(weight.data) is Tensor
+        and x.dtype == torch.float32
+        and all(weight.dtype == torch.float32 and type(weight.data) is Tensor for weight in weights)
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and not torch.is_autocast_enabled("cpu")
@@ -85,3 +123,30 @@ class _OneDNNLinear(torch.autograd.Function):
         by_weight = by_output.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         by_bias = by_output.sum(0) if ctx.needs_input_grad[2] else None
         return by_x, by_weight, by_bias
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """`x @ weight.T + bias + scale * (x @ down.T) @ up.T`; weight and bias are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        output = _product(x, weight, bias)
+        narrow = x.flatten(0, -2) @ down.t()
+        output.view(-1, output.shape[-1]).addmm_(narrow, up.t(), alpha=scale)
+        ctx.save_for_backward(x, weight, down, up, narrow)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, narrow = ctx.saved_tensors
+        by_output = grads[0].flatten(0, -2).contiguous()
+        by_narrow = (by_output @ up).mul_(ctx.scale)
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            by_x = _product(by_output, weight.t()).addmm_(by_narrow, down).view(x.shape)
+        by_down = by_narrow.t() @ x.flatten(0, -2)
+        by_up = (by_output.t() @ narrow).mul_(ctx.scale)
+        return by_x, None, None, by_down, by_up, None

@@ -20,7 +20,7 @@ from spinlm.data.examples import Message
 from spinlm.data.pairs import Pair, by_prompt, drop_identical, group_pairs
 from spinlm.data.render import Renderer, RenderError
 from spinlm.errors import UserError
-from spinlm.players.layouts import PairBatch, count_tokens, lay_out_pairs
+from spinlm.players.layouts import PairBatch, count_tokens, lay_out_pairs, tokens_per_pass
 from spinlm.players.logprobs import (
     Method,
     all_scores,
@@ -58,7 +58,9 @@ class SPINConfig(Arguments):
 
     beta: float = field(default=0.1, metadata={"help": "The paper's lambda."})
     loss: str = field(default="logistic", metadata={"help": "logistic, hinge, exponential or correlation."})
-    tokens_per_pass: int = field(default=2048, metadata={"help": "Tokens that go through the model together."})
+    tokens_per_pass: int | None = field(
+        default=None, metadata={"help": "Tokens that go through the model together; default: 512, on a GPU 2048."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,7 +131,7 @@ class SPINTrainer(PassTrainer[Pair]):
         self._last_log = time.perf_counter()
         self._start_checked = False
         self.dropped_identical = 0
-        self.tokens_per_pass = args.tokens_per_pass
+        self.tokens_per_pass = tokens_per_pass(args.tokens_per_pass, args.device.type != "cpu")
         super().__init__(
             model=model,
             args=args,

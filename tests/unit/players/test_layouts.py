@@ -22,41 +22,42 @@ PAIRS = [
 
 def test_shared_is_a_prompt_once_and_its_responses_side_by_side() -> None:
     batch = lay_out(GROUPS, "shared", pad_id=99)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch["input_ids"].tolist() == [[1, 2, 4, 5, 7, 8]]
     assert batch["position_ids"] is not None
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3, 4, 0, 1, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
     assert batch["attention_mask"] is None
-    assert batch["segments"] == ((2, -1), (1, 0), (3, 0), (1, -1), (2, 3))
+    assert batch["segments"] == ((2, -1), (2, 0), (1, -1), (1, 2))
     # 3 and 4 are both predicted where 2 is, at place 1; 5 and 6 where 4 and 5 are; 8 where 7 is and 9 where 8 is.
-    assert batch["predicting"].tolist() == [1, 1, 3, 4, 6, 7]
+    # 3, 6 and 9 end their responses: nothing is predicted from them.
+    assert batch["predicting"].tolist() == [1, 1, 2, 3, 4, 5]
 
 
 def test_packed_is_the_prompt_again_before_each_response() -> None:
     batch = lay_out(GROUPS, "packed", pad_id=99)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 1, 2, 4, 5, 6, 7, 8, 9]]
+    assert batch["input_ids"].tolist() == [[1, 2, 1, 2, 4, 5, 7, 8]]
     assert batch["position_ids"] is not None
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 3, 0, 1]]
     assert batch["attention_mask"] is None
-    assert batch["segments"] == ((2, -1), (1, 0), (2, -1), (3, 2), (1, -1), (2, 4))
-    assert batch["predicting"].tolist() == [1, 4, 5, 6, 8, 9]
+    assert batch["segments"] == ((2, -1), (2, -1), (2, 1), (1, -1), (1, 3))
+    assert batch["predicting"].tolist() == [1, 3, 4, 5, 6, 7]
 
 
 def test_plain_is_a_padded_row_for_each_response() -> None:
     batch = lay_out(GROUPS, "plain", pad_id=99)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 99, 99], [1, 2, 4, 5, 6], [7, 8, 9, 99, 99]]
+    assert batch["input_ids"].tolist() == [[1, 2, 99, 99], [1, 2, 4, 5], [7, 8, 99, 99]]
     assert batch["attention_mask"] is not None
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["position_ids"] is None
     assert batch["segments"] == ()
-    # 3 is predicted at place 1; the second row begins at place 5, the third at 10.
-    assert batch["predicting"].tolist() == [1, 6, 7, 8, 10, 11]
+    # 3 is predicted at place 1; the second row begins at place 4, the third at 8.
+    assert batch["predicting"].tolist() == [1, 5, 6, 7, 8, 9]
 
 
 def test_a_tokens_own_value_may_be_the_padding() -> None:
     batch = lay_out([Group([0], [[0, 0]]), Group([0, 0, 0], [[0]])], "plain", pad_id=0)
     assert batch["attention_mask"] is not None
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    assert batch["predicting"].tolist() == [0, 1, 6]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["predicting"].tolist() == [0, 1, 5]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,17 +86,17 @@ def test_pairs_with_the_same_prompt_and_real_response_share_them(layout: Layout)
 
 def test_a_shared_row_of_pairs() -> None:
     batch = lay_out_pairs(PAIRS, "shared", pad_id=0)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 9, 8]]
+    assert batch["input_ids"].tolist() == [[1, 2, 4, 5, 7, 8, 9]]
     assert batch["position_ids"] is not None
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3, 4, 2, 0, 1, 2, 1, 2]]
-    assert batch["segments"] == ((2, -1), (1, 0), (3, 0), (1, 0), (1, -1), (2, 4), (2, 4))
-    assert batch["predicting"].tolist() == [1, 1, 3, 4, 1, 7, 8, 7, 10]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 1]]
+    assert batch["segments"] == ((2, -1), (2, 0), (1, -1), (1, 2), (1, 2))
+    assert batch["predicting"].tolist() == [1, 1, 2, 3, 1, 4, 5, 4, 6]
 
 
-@pytest.mark.parametrize(("layout", "tokens"), [("shared", 9), ("packed", 11), ("plain", 15)])
+@pytest.mark.parametrize(("layout", "tokens"), [("shared", 6), ("packed", 8), ("plain", 12)])
 def test_tokens_of_a_pass(layout: Layout, tokens: int) -> None:
     assert count_tokens(GROUPS, layout) == tokens
-    assert count_tokens(GROUPS[1:], layout) == 3
+    assert count_tokens(GROUPS[1:], layout) == 2
     assert count_tokens([], layout) == 0
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -78,3 +82,93 @@ def test_layers_are_given_back_after_an_exception() -> None:
     with pytest.raises(RuntimeError, match="on purpose"), fast_linear_layers(model):
         raise RuntimeError("on purpose")
     assert "forward" not in vars(model[0])
+
+
+class _TwoLayers(nn.Module):
+    """A linear layer and a GPT-2 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), Conv1D(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+def _adapted(**settings: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["first", "second"], init_lora_weights=False, **settings)
+    return get_peft_model(_TwoLayers(), config)
+
+
+def _outcome(model: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """The output, and the gradients of the input and of all that is trained."""
+    torch.manual_seed(1)  # for dropout
+    x = x.clone().requires_grad_()
+    output = model(x)
+    return output, *_gradients(output, x, *(p for p in model.parameters() if p.requires_grad))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.5},
+    "dora": {"use_dora": True},
+    "scaled-by-root": {"use_rslora": True},
+    "trained-biases": {"bias": "all"},
+    "biases-of-their-own": {"lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("settings", [pytest.param(value, id=name) for name, value in SETTINGS.items()])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_adapted_layers_compute_what_peft_does(settings: dict[str, Any], shape: tuple[int, ...]) -> None:
+    model, x = _adapted(**settings).train(), torch.randn(shape)
+    expected = _outcome(model, x)
+    with fast_linear_layers(model):
+        found = _outcome(model, x)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_are_switched_as_in_peft() -> None:
+    model, x = _adapted(), torch.randn(3, 5)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    layers = [model.first, model.second]
+
+    def states() -> list[Tensor]:
+        outputs = [model(x)]
+        model.set_adapter("other")
+        outputs.append(model(x))
+        model.base_model.set_adapter(["default", "other"])
+        outputs.append(model(x))
+        model.set_adapter("default")
+        with model.disable_adapter():
+            outputs.append(model(x))
+        model.merge_adapter()
+        outputs.append(model(x))
+        model.unmerge_adapter()
+        return outputs
+
+    expected = states()
+    with fast_linear_layers(model):
+        assert all("forward" in vars(layer) for layer in layers)
+        found = states()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert len({tuple(output.flatten().tolist()) for output in expected[:4]}) == 4
+
+
+def test_an_adapted_layer_keeps_its_input_and_the_narrow_product_alone() -> None:
+    model, x = _adapted(), torch.randn(3, 5)
+    sizes: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and tensor.data_ptr() not in weights:
+            sizes.append(tensor.numel())
+        return tensor
+
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    with fast_linear_layers(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.first(x)
+    assert sorted(sizes) == [3 * 2, 3 * 5]

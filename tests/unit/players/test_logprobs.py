@@ -325,7 +325,7 @@ def test_other_models_get_the_fastest_layout_that_is_right(family: str, layout: 
 
 
 def test_convolutions_of_little_weight_are_found_out_too() -> None:
-    model = sharpened(build_model("lfm2"), 0.5)
+    model = sharpened(build_model("lfm2"), 0.6)
     unchecked = all_scores(model, TELLING, Method("shared"), 1000, 0)
     with torch.no_grad():
         wanted = [logprobs_from_logits(model, one).tolist() for one in TELLING]
@@ -503,8 +503,8 @@ def test_every_group_is_scored_once_and_put_in_its_place(tokens_per_pass: int, l
 
 
 def test_the_longest_groups_are_scored_first() -> None:
-    """Their tokens with the prompt once are 4, 67, 87, 65 and 111."""
-    passes = score_groups(build_model("llama"), _groups(), Method("shared"), 150, pad_id=0)
+    """Their tokens with the prompt once are 3, 65, 84, 63 and 108."""
+    passes = score_groups(build_model("llama"), _groups(), Method("shared"), 140, pad_id=0)
     assert [places for places, _ in passes] == [[4], [2], [1, 3, 0]]
 
 

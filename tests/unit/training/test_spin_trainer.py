@@ -333,17 +333,17 @@ def test_logged_metrics_by_hand(tmp_path: Path) -> None:
         "logprob_per_token_synthetic": sum(log_synthetic) / sum(lengths_synthetic),
         "truncation_rate": 0.5,
         "dropped_identical": 1,
-        "tokens": sum(len(row[prompt]) for row in rows[:4]) + sum(lengths_real) + sum(lengths_synthetic),
+        "tokens": sum(len(row[prompt]) for row in rows[:4]) + sum(lengths_real) + sum(lengths_synthetic) - 8,
     }
     entry = [entry for entry in trainer.state.log_history if "loss" in entry][1]
     assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert abs(expected["margin"]) > 0.1 and expected["truncation_rate"] == 0.5
 
 
-@pytest.mark.parametrize(("layout", "tokens"), [("shared", 21), ("packed", 39), ("plain", 39)])
+@pytest.mark.parametrize(("layout", "tokens"), [("shared", 14), ("packed", 32), ("plain", 32)])
 def test_tokens_are_those_that_are_computed(layout: Layout, tokens: int, tmp_path: Path) -> None:
     """Three pairs with one prompt of 4 tokens, two of them with one real response: a prompt is there once, its five
-    different responses once, and another pair. Padding isn't counted."""
+    different responses once, and another pair. Padding isn't counted, nor a response's last token, which isn't read."""
     prompt = {"prompt_ids": [1, 2, 3, 4]}
     rows = [
         prompt | {"real_ids": [5, 6], "synthetic_ids": [7]},
@@ -353,7 +353,7 @@ def test_tokens_are_those_that_are_computed(layout: Layout, tokens: int, tmp_pat
     ]
     trainer = SPINTrainer(build_model("llama"), _config(tmp_path, max_steps=1), rows, method=Method(layout))
     trainer.train()
-    # shared: 4 + (2 + 1 + 3 + 1 + 5) + 2 + (1 + 2); else the prompt of 4 five times and that of 2 twice
+    # shared: 4 + (1 + 0 + 2 + 0 + 4) + 2 + (0 + 1); else the prompt of 4 five times and that of 2 twice
     assert _logged(trainer, "tokens") == [tokens]
     assert _logged(trainer, "length_real") == [pytest.approx((2 + 1 + 2 + 1) / 4)]
 
@@ -525,7 +525,7 @@ def test_accumulation_does_not_change_training(count: int, batch_size: int, accu
     whole, parts = run(batch_size * accumulation, 1), run(batch_size, accumulation)
     assert len(_logged(whole, "loss")) == 4
     for name in ("loss", "grad_norm", "margin", "logprob_synthetic", "tokens"):
-        assert _logged(parts, name) == pytest.approx(_logged(whole, name), rel=1e-4, abs=1e-5), name
+        assert _logged(parts, name) == pytest.approx(_logged(whole, name), rel=1e-4, abs=5e-5), name
     assert _logged(parts, "reward_accuracy")[1:] == _logged(whole, "reward_accuracy")[1:]  # rounding decides the first
     assert max(_logged(whole, "margin")) > 0.1
     trained = _weights(whole)
