@@ -321,7 +321,7 @@ class Recipe(Section):
         run_dir: Where everything that the run makes is kept.
         iterations: T, rounds of self-play.
         seed: Of every random choice.
-        tokens_per_pass: Tokens that go through the model together, in training and in scoring; by default 512 on a CPU
+        tokens_per_pass: Tokens that go through the model together, in training and in scoring; by default 384 on a CPU
             and 2,048 on a GPU.
         layout: How they are laid out; `auto` is the fastest that the model computes rightly.
     """

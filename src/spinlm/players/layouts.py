@@ -21,7 +21,7 @@ Layout = Literal["shared", "packed", "plain"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "plain")
 """The fastest first."""
 
-TOKENS_PER_PASS, TOKENS_PER_PASS_ON_GPU = 512, 2048
+TOKENS_PER_PASS, TOKENS_PER_PASS_ON_GPU = 384, 2048
 """Where no other number is asked for. On a CPU more are no faster: what they keep leaves its caches."""
 
 Item = TypeVar("Item")

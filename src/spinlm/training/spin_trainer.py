@@ -59,7 +59,7 @@ class SPINConfig(Arguments):
     beta: float = field(default=0.1, metadata={"help": "The paper's lambda."})
     loss: str = field(default="logistic", metadata={"help": "logistic, hinge, exponential or correlation."})
     tokens_per_pass: int | None = field(
-        default=None, metadata={"help": "Tokens that go through the model together; default: 512, on a GPU 2048."}
+        default=None, metadata={"help": "Tokens that go through the model together; default: 384, on a GPU 2048."}
     )
 
     def __post_init__(self) -> None:
