@@ -12,12 +12,15 @@ from torch import Tensor
 
 from spinlm.generation.engine import OnProgress, Request, Sampling
 from spinlm.generation.sampling import Sampler
-from spinlm.generation.slot_cache import SlotCache
+from spinlm.generation.slot_cache import Prefill, SlotCache
 from spinlm.players.logprobs import causal_lm
 
 PREFILL_TOKENS = 1024
 """Prompt tokens in one forward pass, at most (but for a single prompt that is longer): what a CPU's caches hold."""
 PREFILL_TOKENS_ON_GPU = 8192
+
+SHORTEST_PREFIX = 8
+"""Tokens that all prompts have to begin with for these to be run once for all of them."""
 
 SPARE_COLUMNS = 64
 """Columns more than the longest response needs: how many steps lie between two moves of the cache, at least."""
@@ -74,6 +77,7 @@ class ContinuousBatch:
         order = sorted(range(len(requests)), key=lambda i: (-len(self._prompts[i]), self._prompts[i]))
         self._waiting = deque(order)
         self._rows = rows
+        self._prefix = common_prefix(self._prompts)
         self._cache = SlotCache(rows, columns_needed(max(map(len, self._prompts)), self._cap))
         # Of the rows in use: the request, the column of its first token, the newest token (not in the cache yet).
         self._owners: list[int] = []
@@ -81,6 +85,8 @@ class ContinuousBatch:
 
     def run(self) -> None:
         """Answer all."""
+        if self._prefix:
+            self._run_prefix()
         while self._waiting or self._owners:
             free = self._rows - len(self._owners)
             if self._waiting and (not self._owners or free * REFILL_SHARE >= self._rows):
@@ -91,16 +97,16 @@ class ContinuousBatch:
     def _prefill(self) -> None:
         """Run the next prompts, each once however many responses it is to have, and draw their first tokens."""
         prompts, owners = self._next_prompts()
-        rows = len(owners)
+        rows, prefix = len(owners), len(self._prefix)
         width = max(len(prompt) for prompt in prompts)
         if self._cache.end < width:
             self._move_columns(width)
         input_ids, attention_mask = pad_left(prompts, self._pad_id, self._device)
         places = {prompt: place for place, prompt in enumerate(prompts)}
         copies = torch.tensor([places[self._prompts[owner]] for owner in owners], device=self._device)
-        self._cache.prefilling = copies
         position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        logits = self._forward(input_ids, attention_mask, position_ids)[copies]
+        self._cache.prefilling = Prefill(copies, self._columns(position_ids) if prefix else None)
+        logits = self._forward(input_ids[:, prefix:], attention_mask, position_ids[:, prefix:])[copies]
         self._cache.prefilling = None
 
         lengths = torch.tensor([len(self._prompts[owner]) for owner in owners], device=self._device)
@@ -111,6 +117,25 @@ class ContinuousBatch:
         self._tokens = torch.cat([self._tokens, torch.zeros(rows, dtype=torch.long, device=self._device)])
         self._draw(logits, first=len(self._owners) - rows)
 
+    def _run_prefix(self) -> None:
+        """What all prompts begin with, once."""
+        size, length = self._cache.size, len(self._prefix)
+        self._cache = SlotCache(1, length)
+        self._cache.end = length
+        self._cache.prefilling = Prefill(torch.zeros(1, dtype=torch.long, device=self._device))
+        input_ids, attention_mask = pad_left([self._prefix], self._pad_id, self._device)
+        self._forward(input_ids, attention_mask, torch.arange(length, device=self._device)[None])
+        self._cache = SlotCache(*size, prefix=self._cache)
+
+    def _columns(self, positions: Tensor) -> Tensor:
+        """Where each column's keys are: the prefix's by position, the others where the pass has them, padding anywhere.
+
+        Args:
+            positions: Of whole prompts padded on the left, [prompts, columns].
+        """
+        here = torch.arange(positions.shape[1], device=self._device)
+        return torch.where(positions < len(self._prefix), positions, here)
+
     def _next_prompts(self) -> tuple[list[tuple[int, ...]], list[int]]:
         """Different prompts to run together, and the requests that they answer."""
         prompts: list[tuple[int, ...]] = []
@@ -118,7 +143,7 @@ class ContinuousBatch:
         while self._waiting and len(owners) < self._rows - len(self._owners):
             prompt = self._prompts[self._waiting[0]]
             if not prompts or prompt != prompts[-1]:
-                if prompts and (len(prompts) + 1) * len(prompts[0]) > self._prefill_tokens:
+                if prompts and (len(prompts) + 1) * (len(prompts[0]) - len(self._prefix)) > self._prefill_tokens:
                     break
                 prompts.append(prompt)
             owners.append(self._waiting.popleft())
@@ -196,6 +221,14 @@ class ContinuousBatch:
         self._cache.move_columns(end)
 
 
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What different prompts begin with, all but the last token of any; nothing where that is short."""
+    first, last = min(prompts), max(prompts)
+    most = min(len(prompt) for prompt in prompts) - 1
+    same = next((place for place in range(most) if first[place] != last[place]), most)
+    return first[:same] if same >= SHORTEST_PREFIX and first != last else ()
+
+
 def columns_needed(longest_prompt: int, max_new_tokens: int) -> int:
     """Of the cache, for a longest prompt and response."""
     return longest_prompt + max_new_tokens + SPARE_COLUMNS
@@ -205,7 +238,7 @@ def row_bytes(model: Any, columns: int) -> int:
     """What one response takes: its keys and values, found by running a token, and its logits."""
     device = next(model.parameters()).device
     cache = SlotCache(1, 1)
-    cache.end, cache.prefilling = 1, torch.zeros(1, dtype=torch.long, device=device)
+    cache.end, cache.prefilling = 1, Prefill(torch.zeros(1, dtype=torch.long, device=device))
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     vocabulary: int = model(input_ids=token, past_key_values=cache, use_cache=True).logits.shape[-1]
     return columns * cache.nbytes() + LOGITS_COPIES * vocabulary * 4

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -25,6 +27,20 @@ def supports_slots(model: Any) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """New rows.
+
+    Attributes:
+        copies: For each of them, the place of its prompt in the forward pass.
+        columns: For each prompt and column, where that column's keys are in those of the prefix followed by those of
+            the pass; None where there is no prefix, and they are the pass's.
+    """
+
+    copies: Tensor
+    columns: Tensor | None = None
+
+
 class SlotCache(Cache):  # type: ignore[misc]
     """Rows of columns, allocated once.
 
@@ -32,21 +48,25 @@ class SlotCache(Cache):  # type: ignore[misc]
     batch padded on the left. Sliding layers are kept whole: which columns they see is the mask's affair.
 
     A forward pass is either a step, in which every row in use gets the column `end`, or a prefill, in which new
-    rows get the columns before `end`.
+    rows get the columns before `end`: those of a prefix that all prompts begin with, and those that the pass brings.
 
     Attributes:
+        prefix: The cache of the prefix's forward pass, in one row.
         rows: How many are in use, from 0.
         begin: The first column that any of them uses.
         end: One past the last.
     """
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, prefix: SlotCache | None = None) -> None:
         # In a ring of references so much memory would wait for the garbage collector.
         myself: Any = weakref.proxy(self)
         super().__init__(layer_class_to_replicate=partial(_SlotLayer, myself))
         self.size = (rows, columns)
         self.rows = self.begin = self.end = 0
-        self.prefilling: Tensor | None = None
+        self.prefix = prefix
+        self.prefilling: Prefill | None = None
+        if prefix is not None:  # they are asked for the mask's size before they get anything
+            self.layers.extend(_SlotLayer(myself) for _ in prefix.layers)
 
     def nbytes(self) -> int:
         """Of all layers' keys and values."""
@@ -67,7 +87,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.begin, self.end = end - width, end
 
     def _tensors(self) -> list[Tensor]:
-        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+        return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -93,21 +113,38 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         cache = self._cache
         if cache.prefilling is not None:
-            rows = slice(cache.rows, cache.rows + len(cache.prefilling))
-            columns = slice(cache.end - key_states.shape[2], cache.end)
-            self.keys[rows, :, columns] = key_states[cache.prefilling]
-            self.values[rows, :, columns] = value_states[cache.prefilling]
-            return key_states, value_states
+            return self._prefill(cache.prefilling, key_states, value_states)
         self.keys[: cache.rows, :, cache.end] = key_states[:, :, 0]
         self.values[: cache.rows, :, cache.end] = value_states[:, :, 0]
         seen = (slice(cache.rows), slice(None), slice(cache.begin, cache.end + 1))
         return self.keys[seen], self.values[seen]
 
+    def _prefill(self, new: Prefill, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        cache = self._cache
+        if cache.prefix is not None:
+            before = cache.prefix.layers[cache.layers.index(self)]
+            keys, values = _after(before.keys, keys, new), _after(before.values, values, new)
+        rows = slice(cache.rows, cache.rows + len(new.copies))
+        columns = slice(cache.end - keys.shape[2], cache.end)
+        self.keys[rows, :, columns] = keys[new.copies]
+        self.values[rows, :, columns] = values[new.copies]
+        return keys, values
+
     def get_seq_length(self) -> int:
-        return 0 if self._cache.prefilling is not None else self._cache.end - self._cache.begin
+        cache = self._cache
+        if cache.prefilling is not None:
+            return 0 if cache.prefix is None else cache.prefix.end
+        return cache.end - cache.begin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return self._cache.size[1]
+
+
+def _after(prefix: Tensor, states: Tensor, new: Prefill) -> Tensor:
+    """Keys or values of whole prompts, padded on the left, [prompts, heads, columns, head size]."""
+    assert new.columns is not None
+    both = torch.cat([prefix.expand(len(states), -1, -1, -1), states], dim=2)
+    return both.gather(2, new.columns[:, None, :, None].expand_as(both))

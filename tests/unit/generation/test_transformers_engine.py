@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import tiny
 from spinlm.config import GenerationSection, PromptSection
 from spinlm.data.pairs import Group
 from spinlm.data.render import Renderer
+from spinlm.generation import continuous
 from spinlm.generation.engine import Request, Response, Sampling, request_seed
 from spinlm.generation.slot_cache import SlotCache
 from spinlm.generation.transformers_engine import TransformersEngine
@@ -184,3 +185,62 @@ def test_request_seeds_differ_by_every_part_and_are_the_same_tomorrow() -> None:
     seeds = [request_seed(*parts) for parts in ((0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a"))]
     assert len(set(seeds)) == len(seeds)
     assert request_seed(0, "iterations/0/synthetic", "row-7", 2) == 46_901_903_369_711_973
+
+
+def _with_prefix(requests: Sequence[Request], prefix: str = "<system>Be brief.</system>") -> list[Request]:
+    return [Request([*prefix.encode(), *request.prompt_ids], request.seed) for request in requests]
+
+
+def _tokens_run(model: Any, run: Callable[[], object]) -> int:
+    """Tokens that the model is given while something runs, but for one a row: those are steps, or padding."""
+    sizes: list[int] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return sum(rows * columns for rows, columns in sizes if columns > 1)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mamba"])
+@pytest.mark.parametrize("batch_size", [1, 5, None])
+def test_what_all_prompts_begin_with_changes_nothing(
+    family: str, batch_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, requests = _eager_to_stop(family), _with_prefix(_requests())
+    shared = {sampling: _generate(model, requests, sampling, batch_size) for sampling in (GREEDY, FREE)}
+    monkeypatch.setattr(continuous, "SHORTEST_PREFIX", 10**9)
+    for sampling, responses in shared.items():
+        for ours, plain in zip(responses, _generate(model, requests, sampling, batch_size), strict=True):
+            assert ours.token_ids == plain.token_ids
+            assert ours.logprob == pytest.approx(plain.logprob, abs=1e-4)
+
+
+def test_what_all_prompts_begin_with_is_run_once() -> None:
+    """Twelve prompts of 11 tokens, of which 10 are the same, in rows of 4."""
+    model = build_model("llama")
+    requests = [Request(list(bytes([*range(40, 50), 60 + i])), i) for i in range(12)]
+    once = Sampling(1)
+    alone = _tokens_run(model, lambda: _generate(model, requests[:1], once, 4))
+    assert alone == 11
+    assert _tokens_run(model, lambda: _generate(model, requests, once, 4)) == 10  # the prefix; then a token a prompt
+    same = [Request(requests[0].prompt_ids, i) for i in range(12)]
+    assert _tokens_run(model, lambda: _generate(model, same, once, 12)) == 11
+
+
+@pytest.mark.parametrize(
+    ("prompts", "prefix"),
+    [
+        ([(1, 2, 3, 4), (1, 2, 3, 5, 6)], (1, 2, 3)),
+        ([(1, 2, 3), (1, 2, 3, 4)], (1, 2)),  # each keeps a token of its own to be run
+        ([(1, 2, 3, 4)] * 2, ()),  # one prompt is run once as it is
+        ([(1, 2, 9), (1, 3, 9)], ()),  # too short
+        ([(1, 2, 3), (1, 2, 3, 4), (2, 2, 3)], ()),
+        ([(7,), (7, 8, 9)], ()),
+    ],
+)
+def test_the_common_prefix(
+    prompts: list[tuple[int, ...]], prefix: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continuous, "SHORTEST_PREFIX", 2)
+    assert continuous.common_prefix(prompts) == prefix
