@@ -27,7 +27,7 @@ SAME_LENGTH = 0.15
 
 def against_transformers(bench: Bench, record: Record) -> None:
     """`generate` in the official script's batches, and in its best ones."""
-    model, renderer, asked, ours = _ours(bench)
+    model, renderer, asked, ours = _ours(bench, slots=None)
     new = bench.sizes.max_new_tokens
     official = TransformersGeneration(model, renderer, asked, new, OFFICIAL_BATCH)
     best = TransformersGeneration(model, renderer, asked, new, _best_batch(bench, record), by_length=True)
@@ -40,7 +40,7 @@ def against_transformers(bench: Bench, record: Record) -> None:
 
 def against_forward_pass(bench: Bench, record: Record) -> None:
     """The same prompts and answers in plain forward passes, as if all tokens were known."""
-    model, _, asked, ours = _ours(bench)
+    model, _, asked, ours = _ours(bench, bench.sizes.slots)
     ours.turn()
     forward = ForwardPass(model, asked, ours.answers)
     forward.turn()
@@ -52,8 +52,8 @@ def against_vllm(bench: Bench, record: Record) -> None:
     """vLLM on the same prompts, in an environment of its own."""
     if not bench.vllm_python.exists():
         raise Skipped(f"there is no {bench.vllm_python}: give an interpreter that has vLLM by --vllm-python")
-    _, renderer, asked, ours = _ours(bench)
     sizes = bench.sizes
+    _, renderer, asked, ours = _ours(bench, sizes.slots)
     length = max(map(len, asked)) + sizes.max_new_tokens
     with vllm_generation(
         bench.vllm_python, models.smollm2(), renderer.stop_ids, asked, sizes.max_new_tokens, sizes.slots, length
@@ -65,13 +65,13 @@ def against_vllm(bench: Bench, record: Record) -> None:
         record.ratio("generated tokens/s", ours, vllm, at_least=AGAINST_VLLM)
 
 
-def _ours(bench: Bench) -> tuple[object, Renderer, list[list[int]], Generation]:
+def _ours(bench: Bench, slots: int | None) -> tuple[object, Renderer, list[list[int]], Generation]:
     """The model, its renderer, the prompts, and our side."""
     sizes = bench.sizes
     model = models.load_model(models.SMOLLM2)
     renderer = models.renderer(model)
     asked = prompts(renderer, sizes.prompts)
-    return model, renderer, asked, SpinlmGeneration(model, renderer, asked, sizes.max_new_tokens, sizes.slots)
+    return model, renderer, asked, SpinlmGeneration(model, renderer, asked, sizes.max_new_tokens, slots)
 
 
 def _best_batch(bench: Bench, record: Record) -> int:

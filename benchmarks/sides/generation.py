@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ FORWARD_TOKENS = 2048
 """Tokens in a batch of the plain forward pass."""
 
 
-class Generation:
+class Generation(ABC):
     """A side that answers the same prompts each turn.
 
     Attributes:
@@ -41,16 +42,18 @@ class Generation:
         tokens = sum(map(len, self.answers))
         return Turn(self.name, seconds, tokens, {"tokens_an_answer": tokens / len(self.answers)})
 
+    @abstractmethod
     def answered(self, prompts: Prompts, sampling: Sampling) -> list[list[int]]:
         """Answers up to their ends."""
-        raise NotImplementedError
 
 
 class SpinlmGeneration(Generation):
-    """spinlm's transformers engine."""
+    """spinlm's transformers engine, by default with as many slots as it takes itself."""
 
-    def __init__(self, model: Any, renderer: Renderer, prompts: Prompts, max_new_tokens: int, slots: int) -> None:
-        super().__init__(f"spinlm, {slots} slots", prompts, max_new_tokens)
+    def __init__(
+        self, model: Any, renderer: Renderer, prompts: Prompts, max_new_tokens: int, slots: int | None = None
+    ) -> None:
+        super().__init__("spinlm" if slots is None else f"spinlm, {slots} slots", prompts, max_new_tokens)
         self._engine = TransformersEngine(model, renderer, slots)
 
     def answered(self, prompts: Prompts, sampling: Sampling) -> list[list[int]]:
