@@ -28,6 +28,7 @@ class Sizes:
         max_new_tokens: A response is cut there.
         slots: Responses that spinlm (and vLLM) decode together.
         greedy_prompts: Prompts in the check that greedy tokens are the same.
+        paged_prompts: Prompts that transformers' own continuous batching answers.
         search_prompts: Prompts in the search for transformers' best batch.
         search_tokens: Cap of responses in that search.
         iteration_pairs: Examples of the whole iteration.
@@ -50,6 +51,7 @@ class Sizes:
     max_new_tokens: int = 128
     slots: int = 64
     greedy_prompts: int = 8
+    paged_prompts: int = 32
     search_prompts: int = 128
     search_tokens: int = 32
     iteration_pairs: int = 128

@@ -18,10 +18,20 @@ MEASURES: dict[str, Callable[[Bench, Record], None]] = {
     "memory-balanced": partial(memory.peak, set_name="balanced"),
     "memory-long": partial(memory.peak, set_name="long"),
     "generation": generation.against_transformers,
+    "generation-paged": generation.against_paged,
     "generation-forward": generation.against_forward_pass,
     "generation-vllm": generation.against_vllm,
     "iteration": iteration.whole,
     "growth": growth.growth,
 }
-QUICK = ("train-short", "memory-short", "generation", "generation-forward", "generation-vllm", "iteration", "growth")
+QUICK = (
+    "train-short",
+    "memory-short",
+    "generation",
+    "generation-paged",
+    "generation-forward",
+    "generation-vllm",
+    "iteration",
+    "growth",
+)
 """Those that end in some minutes, at their quick sizes."""

@@ -9,6 +9,7 @@ from benchmarks.record import Record, Spread
 from benchmarks.sides.generation import (
     ForwardPass,
     Generation,
+    PagedGeneration,
     Prompts,
     SpinlmGeneration,
     TransformersGeneration,
@@ -36,6 +37,18 @@ def against_transformers(bench: Bench, record: Record) -> None:
     _check_lengths(record, ours, official, best)
     record.ratio("generated tokens/s", ours, official, at_least=AGAINST_OFFICIAL)
     record.ratio("generated tokens/s", ours, best, at_least=AGAINST_BEST)
+
+
+def against_paged(bench: Bench, record: Record) -> None:
+    """transformers' own continuous batching, on fewer prompts: it is slow on a CPU."""
+    model, renderer, asked, _ = _ours(bench, slots=None)
+    asked, new = asked[: bench.sizes.paged_prompts], bench.sizes.max_new_tokens
+    ours = SpinlmGeneration(model, renderer, asked, new)
+    paged = PagedGeneration(model, renderer, asked, new)
+    _check_greedy(bench, record, asked, ours, paged)
+    record.take_turns(ours, [paged], bench.sizes.rounds)
+    _check_lengths(record, ours, paged)
+    record.ratio("generated tokens/s", ours, paged)
 
 
 def against_forward_pass(bench: Bench, record: Record) -> None:

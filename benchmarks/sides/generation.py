@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from benchmarks.inputs import answer_tokens
 from benchmarks.record import Turn
@@ -102,6 +103,33 @@ class TransformersGeneration(Generation):
         )
         answers = output[:, batch["input_ids"].shape[1] :].tolist()
         return [answer_tokens(answer, self._renderer.stop_ids) for answer in answers]
+
+
+class PagedGeneration(Generation):
+    """transformers' own continuous batching, `generate_batch`, over paged keys and values."""
+
+    def __init__(self, model: Any, renderer: Renderer, prompts: Prompts, max_new_tokens: int) -> None:
+        super().__init__("transformers, generate_batch", prompts, max_new_tokens)
+        self._model = model
+        self._renderer = renderer
+
+    def answered(self, prompts: Prompts, sampling: Sampling) -> list[list[int]]:
+        torch.manual_seed(0)
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            top_k=0,
+            eos_token_id=sorted(self._renderer.stop_ids),
+            pad_token_id=self._renderer.pad_id,
+        )
+        outputs = self._model.generate_batch(
+            list(map(list, prompts)),
+            generation_config=settings,
+            # By default its blocks take all of the memory.
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=2 * len(prompts), max_batch_tokens=256),
+        )
+        by_prompt = {tuple(output.prompt_ids): list(output.generated_tokens) for output in outputs.values()}
+        return [answer_tokens(by_prompt[tuple(prompt)], self._renderer.stop_ids) for prompt in prompts]
 
 
 class ForwardPass:

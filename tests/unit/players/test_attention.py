@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from spinlm.players import attention as attention_module
 from spinlm.players.attention import SegmentedAttention
 
 SEGMENTS = ((3, -1), (4, 0), (1, 0), (5, -1), (2, -1), (6, 4), (3, 4))
@@ -46,12 +47,20 @@ def _states(heads: int) -> Tensor:
     return torch.randn(1, heads, tokens, 8, requires_grad=True)
 
 
+@pytest.mark.parametrize("queries_at_once", [2, 128])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize(("heads", "key_heads", "scale"), [(2, 2, None), (4, 2, 1.0), (4, 1, 0.3)])
 def test_each_token_sees_its_prompt_and_what_is_before_it(
-    heads: int, key_heads: int, scale: float | None, window: int | None, softcap: float | None
+    heads: int,
+    key_heads: int,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    queries_at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(attention_module, "QUERIES_AT_ONCE", queries_at_once)
     torch.manual_seed(0)
     states = q, k, v = _states(heads), _states(key_heads), _states(key_heads)
     attention = SegmentedAttention()
