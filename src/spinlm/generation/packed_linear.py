@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spinlm.players.linear import onednn_product
+
 
 @contextmanager
 def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
@@ -89,9 +91,4 @@ def _out_by_in(linear: nn.Module, weight: Tensor) -> Tensor:
 
 def _packed_forward(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-
-    def forward(x: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return output
-
-    return forward
+    return lambda x: onednn_product(x, packed, bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from spinlm.players.linear import linear
+from spinlm.players.linear import ROWS_TOGETHER, linear, rows_to_spare
 
 CHUNK_BYTES = 64 * 2**20
 """Of logits in float32 at a time."""
@@ -53,14 +53,18 @@ def head_logprobs(head: Any, scale: LogitScale, hidden: Tensor, targets: Tensor)
         hidden: The states that predict the targets, [R, H].
         targets: [R].
     """
-    rows = max(16, CHUNK_BYTES // (4 * head_size(head)))
-    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([_chunk_logprobs(head, scale, h, t) for h, t in chunks])
-    if _is_frozen_linear(head):
+    rows = max(16, CHUNK_BYTES // (4 * head_size(head)) // ROWS_TOGETHER * ROWS_TOGETHER)
+    count, spare = len(targets), rows_to_spare(len(targets))
+    hidden, targets = F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))
+    if torch.is_grad_enabled() and _is_frozen_linear(head):
         logprobs: Tensor = _FrozenHead.apply(hidden, targets, head.weight, head.bias, scale, rows)  # type: ignore[no-untyped-call]
-        return logprobs
-    return torch.cat([checkpoint(_chunk_logprobs, head, scale, h, t, use_reentrant=False) for h, t in chunks])
+        return logprobs[:count]
+    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    if torch.is_grad_enabled():
+        parts = [checkpoint(_chunk_logprobs, head, scale, h, t, use_reentrant=False) for h, t in chunks]
+    else:
+        parts = [_chunk_logprobs(head, scale, h, t) for h, t in chunks]
+    return torch.cat(parts)[:count]
 
 
 def head_size(head: Any) -> int:

@@ -4,7 +4,8 @@
 - `packed`: all in one row; the prompt again before each response, each couple by itself.
 - `plain`: a row for each couple, padded on the right: what every causal language model understands.
 
-The last token of a response is predicted but never read: it is in no row.
+The last token of a response is predicted but never read: it is in no row. One row of all is filled up to a
+multiple of `ROWS_TOGETHER` tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spinlm.data.pairs import Group, Pair, group_pairs
+from spinlm.players.linear import rows_to_spare
 
 Layout = Literal["shared", "packed", "plain"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "plain")
@@ -46,6 +48,7 @@ class ResponseBatch(TypedDict):
         targets: [R], the response tokens.
         owners: [R], the number of the response that each of them belongs to.
         lengths: [N], the responses' lengths in tokens.
+        read: [], the tokens in the rows that aren't padding.
     """
 
     input_ids: Tensor
@@ -56,6 +59,7 @@ class ResponseBatch(TypedDict):
     targets: Tensor
     owners: Tensor
     lengths: Tensor
+    read: Tensor
 
 
 class PairBatch(ResponseBatch):
@@ -82,12 +86,13 @@ def lay_out(groups: Sequence[Group], layout: Layout, pad_id: int) -> ResponseBat
         groups = [Group(one.prompt_ids, [response]) for one in groups for response in one.responses]
     responses = [response for one in groups for response in one.responses]
     lengths = torch.tensor([len(response) for response in responses])
-    rows = _padded_rows(groups, pad_id) if layout == "plain" else _one_row(groups)
+    rows = _padded_rows(groups, pad_id) if layout == "plain" else _one_row(groups, pad_id)
     return {
         **rows,  # type: ignore[typeddict-item]
         "targets": torch.tensor([token for response in responses for token in response], dtype=torch.long),
         "owners": torch.repeat_interleave(torch.arange(len(responses)), lengths),
         "lengths": lengths,
+        "read": torch.tensor(sum(_read(one.prompt_ids, *one.responses) for one in groups)),
     }
 
 
@@ -104,7 +109,7 @@ def lay_out_pairs(pairs: Sequence[Pair], layout: Layout, pad_id: int) -> PairBat
     }
 
 
-def _one_row(groups: Sequence[Group]) -> dict[str, object]:
+def _one_row(groups: Sequence[Group], pad_id: int) -> dict[str, object]:
     """Groups one after the other; the first token of each response is predicted from the prompt's last."""
     ids: list[int] = []
     positions: list[int] = []
@@ -123,6 +128,11 @@ def _one_row(groups: Sequence[Group]) -> dict[str, object]:
                 segments.append((len(read), prompt_number))
             ids += read
             positions += range(len(prompt), len(prompt) + len(read))
+    if spare := rows_to_spare(len(ids)):  # in the last segment, where none sees them
+        ids += [pad_id] * spare
+        positions += [0] * spare
+        length, before = segments[-1]
+        segments[-1] = (length + spare, before)
     return {
         "input_ids": torch.tensor([ids]),
         "attention_mask": None,
@@ -161,9 +171,13 @@ def _read(prompt: Sequence[int], *responses: Sequence[int]) -> int:
 def count_tokens(groups: Sequence[Group], layout: Layout) -> int:
     """The tokens of a forward pass over these groups, padding included."""
     if layout == "shared":
-        return sum(_read(one.prompt_ids, *one.responses) for one in groups)
+        return _filled(sum(_read(one.prompt_ids, *one.responses) for one in groups))
     couples = [_read(one.prompt_ids, response) for one in groups for response in one.responses]
-    return sum(couples) if layout == "packed" else len(couples) * max(couples, default=0)
+    return _filled(sum(couples)) if layout == "packed" else len(couples) * max(couples, default=0)
+
+
+def _filled(tokens: int) -> int:
+    return tokens + rows_to_spare(tokens)
 
 
 def tokens_per_pass(asked: int | None, on_gpu: bool) -> int:

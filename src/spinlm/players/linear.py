@@ -15,6 +15,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+ROWS_TOGETHER = 8
+"""Rows of a product are filled up to a multiple: for each number of them oneDNN makes and keeps megabytes of code."""
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, differentiable.
@@ -104,22 +107,33 @@ def _suits_onednn(x: Tensor, *weights: Tensor) -> bool:
     )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` without a gradient, for float32 on a CPU; the weight may be one that oneDNN has packed."""
+    rows = x.shape[:-1].numel()
+    spare = rows_to_spare(rows)
+    if not spare:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+    filled = F.pad(x.reshape(rows, -1), (0, 0, 0, spare))
+    return onednn_product(filled, weight, bias)[:rows].view(*x.shape[:-1], -1)
+
+
+def rows_to_spare(rows: int) -> int:
+    """How many are missing to a multiple of `ROWS_TOGETHER`; none where they are fewer."""
+    return -rows % ROWS_TOGETHER if rows > ROWS_TOGETHER else 0
 
 
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _product(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         by_output = grads[0].flatten(0, -2)
-        by_x = _product(grads[0].contiguous(), weight.t()) if ctx.needs_input_grad[0] else None
+        by_x = onednn_product(grads[0].contiguous(), weight.t()) if ctx.needs_input_grad[0] else None
         by_weight = by_output.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
         by_bias = by_output.sum(0) if ctx.needs_input_grad[2] else None
         return by_x, by_weight, by_bias
@@ -132,7 +146,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
     ) -> Tensor:
-        output = _product(x, weight, bias)
+        output = onednn_product(x, weight, bias)
         narrow = x.flatten(0, -2) @ down.t()
         output.view(-1, output.shape[-1]).addmm_(narrow, up.t(), alpha=scale)
         ctx.save_for_backward(x, weight, down, up, narrow)
@@ -146,7 +160,7 @@ class _AdaptedLinear(torch.autograd.Function):
         by_narrow = (by_output @ up).mul_(ctx.scale)
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = _product(by_output, weight.t()).addmm_(by_narrow, down).view(x.shape)
+            by_x = onednn_product(by_output, weight.t()).addmm_(by_narrow, down).view(x.shape)
         by_down = by_narrow.t() @ x.flatten(0, -2)
         by_up = (by_output.t() @ narrow).mul_(ctx.scale)
         return by_x, None, None, by_down, by_up, None

@@ -275,10 +275,8 @@ class SPINTrainer(PassTrainer[Pair]):
             *_lengths(inputs),
             inputs["truncated"],
         ]
-        mask = inputs["attention_mask"]
-        tokens = torch.ones_like(inputs["input_ids"]) if mask is None else mask
         dtype = widest_float(margin.device)
-        added = torch.stack([values.to(dtype).sum() for values in [*per_pair, torch.ones_like(margin), tokens]])
+        added = torch.stack([values.to(dtype).sum() for values in [*per_pair, torch.ones_like(margin), inputs["read"]]])
         self._sums[mode] = self._sums[mode] + added if mode in self._sums else added
 
     def _take_metrics(self, mode: str) -> dict[str, float]:

@@ -253,7 +253,7 @@ class _Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_whole_vocabulary_is_never_there_for_more_than_a_chunk(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, groups = 16000, _groups()
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * vocabulary * 20)  # 20 tokens at a time
+    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * vocabulary * 30)  # 24 tokens at a time: in multiples of 8
     monkeypatch.setitem(RELATIVES, "large", ("Llama", {**tiny.FAMILIES["llama"][1], "vocab_size": vocabulary}))
     model = HEADS[kind]("large", False)
     targets = sum(len(response) for one in groups for response in one.responses)
@@ -262,7 +262,7 @@ def test_the_whole_vocabulary_is_never_there_for_more_than_a_chunk(kind: str, mo
     with _Sizes() as unfused:
         _assert_same(result, _ours(model, groups, Method("shared", fused_head=False)))
     assert unfused.largest >= vocabulary * targets, "the test has something to show"
-    assert ours.largest == 20 * vocabulary
+    assert ours.largest == 24 * vocabulary
 
 
 # --- which layout a model gets ---
