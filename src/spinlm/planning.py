@@ -144,7 +144,6 @@ class _Planner:
         self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
         self._players = Players(self._model_section(), recipe.adapter, self._precision)
         self._is_gpu = gpu is not None or self._players.device.type != "cpu"
-        self._tokens_per_pass = tokens_per_pass(recipe.tokens_per_pass, self._is_gpu)
         check_context(recipe, context_length(self._players.config))
 
     def _model_section(self) -> Any:
@@ -210,26 +209,31 @@ class _Planner:
     def _tokens(self, groups: Sequence[Group]) -> int:
         return count_tokens(groups, self._sketch.method.layout)
 
-    def _passes(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """As the trainer and scoring make them."""
-        return into_passes(groups, self._tokens, self._tokens_per_pass)
+    def _training_passes(self, groups: Sequence[Group]) -> list[list[Group]]:
+        return into_passes(groups, self._tokens, self._tokens_per_pass(training=True))
+
+    def _scoring_passes(self, groups: Sequence[Group]) -> list[list[Group]]:
+        return into_passes(groups, self._tokens, self._tokens_per_pass(training=False))
+
+    def _tokens_per_pass(self, training: bool) -> int:
+        return tokens_per_pass(self._recipe.tokens_per_pass, self._is_gpu, training)
 
     def _fitting(self, groups: Sequence[Group]) -> Iterator[Group]:
         """Groups of pairs, divided where their responses together are too many for a pass."""
         for one in groups:
             real, *synthetic = one.responses
             prompt = one.prompt_ids
-            if len(synthetic) < 2 or self._tokens([one]) <= self._tokens_per_pass:
+            if len(synthetic) < 2 or self._tokens([one]) <= self._tokens_per_pass(training=True):
                 yield one
             else:
-                for part in self._passes([Group(prompt, [real, other]) for other in synthetic]):
+                for part in self._training_passes([Group(prompt, [real, other]) for other in synthetic]):
                     yield Group(prompt, [real, *(other.responses[1] for other in part)])
 
     def _steps(self, section: TrainerSection, groups: Sequence[Group], pairs: int) -> list[list[list[Group]]]:
         """The passes of each optimiser step of one process in an epoch, with `pairs` rows in a group."""
         size = section.per_device_train_batch_size
         count = max(1, size // pairs)
-        return [self._passes(list(self._fitting(groups[i : i + count]))) for i in range(0, len(groups), count)]
+        return [self._training_passes(list(self._fitting(groups[i : i + count]))) for i in range(0, len(groups), count)]
 
     def _extent(self, passes: Sequence[Sequence[Group]]) -> Extent:
         return sum((extent_of(one, self._sketch.method.layout) for one in passes), Extent())
@@ -277,7 +281,7 @@ class _Planner:
 
     def _scoring_phase(self) -> Phase:
         groups = self._pair_groups(self._recipe.iterations - 1)
-        largest = max(self._passes(groups[: self._recipe.generation.shard_size]), key=self._tokens)
+        largest = max(self._scoring_passes(groups[: self._recipe.generation.shard_size]), key=self._tokens)
         longest = max(groups, key=lambda one: self._tokens([one]))
         largest = max(largest, [longest], key=self._tokens)
         return Phase("score", self._weights() | {"activations and temporaries": self._sketch.scoring_pass(largest)})
@@ -379,7 +383,7 @@ class _Planner:
         return StageCost(name, extent.tokens, work, self._seconds(work, "train")), steps
 
     def _scoring(self, groups: Sequence[Group]) -> StageCost:
-        extent = self._extent(self._passes(groups))
+        extent = self._extent(self._scoring_passes(groups))
         work = self._forward_work.of(extent)
         return StageCost("score", extent.tokens, work, self._seconds(work, "score"))
 

@@ -128,7 +128,6 @@ class Stages:
         extra = recipe.training.model_extra or {}
         self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
         self.players = Players(recipe.model, recipe.adapter, self._precision)
-        self._tokens_per_pass = tokens_per_pass(recipe.tokens_per_pass, self.players.device.type != "cpu")
         self._chosen_method: Method | None = None
         self._weights_kind = "adapter" if recipe.adapter is not None else "model"
         self._vllm: VLLMEngine | None = None
@@ -237,7 +236,7 @@ class Stages:
                 learning_rate=section.learning_rate,
                 num_train_epochs=section.num_train_epochs,
             )
-            return SFTTrainer(model, args, examples, self.renderer.pad_id, method, self._tokens_per_pass)
+            return SFTTrainer(model, args, examples, self.renderer.pad_id, method, self._tokens_per_pass(training=True))
 
         return self._train(name, name, name, start, inputs, make_trainer)
 
@@ -298,7 +297,7 @@ class Stages:
                 loss=section.loss,
                 learning_rate=learning_rate,
                 num_train_epochs=epochs,
-                tokens_per_pass=self._tokens_per_pass,
+                tokens_per_pass=self.recipe.tokens_per_pass,
             )
             trainer = SPINTrainer(model, args, scored.pairs, pad_id=self.renderer.pad_id, method=method)
             trainer.dropped_identical = scored.identical
@@ -455,8 +454,9 @@ class Stages:
         logprobs: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
         self.close()
         model, method = self.players.opponent(player), self._method(player)
+        tokens_per_pass = self._tokens_per_pass(training=False)
         with self.players.autocast():
-            for places, values in score_groups(model, groups, method, self._tokens_per_pass, self.renderer.pad_id):
+            for places, values in score_groups(model, groups, method, tokens_per_pass, self.renderer.pad_id):
                 for place, scored in zip(places, values, strict=True):
                     logprobs[place] = dict(zip(different[place], scored, strict=True))
                 tokens = count_tokens([groups[place] for place in places], method.layout)
@@ -469,6 +469,9 @@ class Stages:
             }
             for (example, others), known in zip(rows, logprobs, strict=True)
         ]
+
+    def _tokens_per_pass(self, training: bool) -> int:
+        return tokens_per_pass(self.recipe.tokens_per_pass, self.players.device.type != "cpu", training)
 
     def _method(self, player: Player) -> Method:
         """How log-probs are computed: the fastest way that is right for the model, found out once."""

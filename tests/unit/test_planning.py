@@ -152,7 +152,13 @@ def test_scoring_memory_is_what_a_real_pass_takes(small: Path, tmp_path: Path) -
     groups = [Group(pair.prompt_ids, [pair.real_ids, pair.synthetic_ids]) for pair in _pairs(recipe, players)]
     model = players.opponent(players.base_player())
     with Tally([*model.parameters(), *model.buffers()]) as tally:
-        all_scores(model, groups, Method("shared"), tokens_per_pass(recipe.tokens_per_pass, on_gpu=False), pad_id=0)
+        all_scores(
+            model,
+            groups,
+            Method("shared"),
+            tokens_per_pass(recipe.tokens_per_pass, on_gpu=False, training=False),
+            pad_id=0,
+        )
     parts = _phase(plan(recipe), "score")
     assert parts["activations and temporaries"] == pytest.approx(tally.peak, rel=0.15)
 

@@ -23,8 +23,8 @@ Layout = Literal["shared", "packed", "plain"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "plain")
 """The fastest first."""
 
-TOKENS_PER_PASS, TOKENS_PER_PASS_ON_GPU = 384, 2048
-"""Where no other number is asked for. On a CPU more are no faster: what they keep leaves its caches."""
+TOKENS_PER_PASS, TRAINING_TOKENS_ON_CPU = 2048, 384
+"""Where no other number is asked for. In training on a CPU more are no faster: what a pass keeps leaves its caches."""
 
 Item = TypeVar("Item")
 
@@ -180,9 +180,9 @@ def _filled(tokens: int) -> int:
     return tokens + rows_to_spare(tokens)
 
 
-def tokens_per_pass(asked: int | None, on_gpu: bool) -> int:
-    """The number that was asked for, or the device's."""
-    return asked or (TOKENS_PER_PASS_ON_GPU if on_gpu else TOKENS_PER_PASS)
+def tokens_per_pass(asked: int | None, on_gpu: bool, training: bool) -> int:
+    """The number that was asked for, or what suits the device and the passes."""
+    return asked or (TRAINING_TOKENS_ON_CPU if training and not on_gpu else TOKENS_PER_PASS)
 
 
 def into_passes(

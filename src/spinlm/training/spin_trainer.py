@@ -59,7 +59,8 @@ class SPINConfig(Arguments):
     beta: float = field(default=0.1, metadata={"help": "The paper's lambda."})
     loss: str = field(default="logistic", metadata={"help": "logistic, hinge, exponential or correlation."})
     tokens_per_pass: int | None = field(
-        default=None, metadata={"help": "Tokens that go through the model together; default: 384, on a GPU 2048."}
+        default=None,
+        metadata={"help": "Tokens that go through the model together; default: 2048, on a CPU 384 in training."},
     )
 
     def __post_init__(self) -> None:
@@ -131,7 +132,7 @@ class SPINTrainer(PassTrainer[Pair]):
         self._last_log = time.perf_counter()
         self._start_checked = False
         self.dropped_identical = 0
-        self.tokens_per_pass = tokens_per_pass(args.tokens_per_pass, args.device.type != "cpu")
+        self.tokens_per_pass = self._tokens_asked_for(args, training=True)
         super().__init__(
             model=model,
             args=args,
@@ -162,7 +163,8 @@ class SPINTrainer(PassTrainer[Pair]):
             if math.isnan(pair.opponent_real_logprob) or math.isnan(pair.opponent_synthetic_logprob)
         ]
         groups, real, synthetic = group_pairs([pairs[place] for place in places])
-        scores = all_scores(self.model, groups, self.method, self.tokens_per_pass, self._pad_id)
+        tokens = self._tokens_asked_for(self.args, training=False)
+        scores = all_scores(self.model, groups, self.method, tokens, self._pad_id)
         logprobs = list(chain.from_iterable(scores))
         pairs = list(pairs)
         for place, r, s in zip(places, real, synthetic, strict=True):
@@ -170,6 +172,10 @@ class SPINTrainer(PassTrainer[Pair]):
                 pairs[place], opponent_real_logprob=logprobs[r], opponent_synthetic_logprob=logprobs[s]
             )
         return pairs
+
+    @staticmethod
+    def _tokens_asked_for(args: SPINConfig, training: bool) -> int:
+        return tokens_per_pass(args.tokens_per_pass, args.device.type != "cpu", training)
 
     # --- batches ---
 
