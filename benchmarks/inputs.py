@@ -26,10 +26,17 @@ class PairSet:
     prompt: tuple[int, int]
     response: tuple[int, int]
 
-    def pairs(self, count: int, seed: int = 0) -> list[Pair]:
-        """Pairs of random tokens that no opponent has scored yet; the first ones of a longer list are the same."""
+    def pairs(self, count: int, seed: int = 0, copies: int = 1) -> list[Pair]:
+        """Pairs of random tokens that no opponent has scored yet; the first ones of a longer list are the same.
+
+        Args:
+            count: How many.
+            seed: Of lengths and tokens.
+            copies: They come so many times, each time with other tokens.
+        """
         chance = random.Random(f"{self}/{seed}")
-        return [self._pair(chance) for _ in range(count)]
+        pairs = [self._pair(chance) for _ in range(count)]
+        return [_shifted(pair, copy) for copy in range(copies) for pair in pairs]
 
     def stretched(self, factor: int) -> PairSet:
         """The same with longer responses."""
@@ -41,6 +48,13 @@ class PairSet:
             return [chance.randint(FIRST_ORDINARY_TOKEN, LAST_ORDINARY_TOKEN) for _ in range(chance.randint(*lengths))]
 
         return Pair(tokens(self.prompt), tokens(self.response), tokens(self.response), math.nan, math.nan)
+
+
+def _shifted(pair: Pair, by: int) -> Pair:
+    prompt, real, synthetic = (
+        [token + by for token in ids] for ids in (pair.prompt_ids, pair.real_ids, pair.synthetic_ids)
+    )
+    return replace(pair, prompt_ids=prompt, real_ids=real, synthetic_ids=synthetic)
 
 
 SETS = {

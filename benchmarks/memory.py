@@ -24,6 +24,7 @@ class Job:
         model: One of models'.
         pair_set: One of inputs'.
         pairs: How many of it.
+        copies: Of these pairs, each with other tokens.
         stretched: Its responses are this many times as long.
         optimiser_batch: Pairs in a step of the optimiser.
         settings: SPINConfig's, or DPOConfig's, that differ from the defaults.
@@ -33,6 +34,7 @@ class Job:
     model: str
     pair_set: str
     pairs: int
+    copies: int
     stretched: int
     optimiser_batch: int
     settings: dict[str, Any]
@@ -57,7 +59,7 @@ def _measure(job: Job) -> dict[str, float]:
     from benchmarks.sides.training import Training, dpo_training, spin_training
 
     sides: dict[str, Callable[..., Training]] = {"spinlm": spin_training, "trl": dpo_training}
-    pairs = SETS[job.pair_set].stretched(job.stretched).pairs(job.pairs)
+    pairs = SETS[job.pair_set].stretched(job.stretched).pairs(job.pairs, copies=job.copies)
     model = load_model(job.model)
     reset_peak()
     baseline = resident("VmRSS")

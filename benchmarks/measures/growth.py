@@ -17,15 +17,15 @@ def growth(bench: Bench, record: Record) -> None:
     """Pairs, responses and vocabulary, each doubled by itself."""
     sizes = bench.sizes
 
-    def job(model: str = models.SMOLLM2, pairs: int = 1, responses: int = 1) -> Job:
+    def job(model: str = models.SMOLLM2, copies: int = 1, responses: int = 1, new_pairs: int = 1) -> Job:
         settings = {"num_train_epochs": 2} | bench.spin
-        count = pairs * sizes.growth_pairs
-        return Job("spinlm", model, "short", count, responses, sizes.optimiser_batch, settings)
+        pairs = new_pairs * sizes.growth_pairs
+        return Job("spinlm", model, "short", pairs, copies, responses, sizes.optimiser_batch, settings)
 
     base, doubled = (
         job(),
         {
-            "pairs x 2": job(pairs=2),
+            "pairs x 2": job(copies=2),
             "responses x 2": job(responses=2),
             "vocabulary x 2": job(models.SMOLLM2_WIDE),
         },
@@ -36,6 +36,7 @@ def growth(bench: Bench, record: Record) -> None:
         side.turn()
     record.take_turns(one, others, sizes.rounds)
     least = measured(base)["above"]
+    doubled["pairs x 2"] = job(new_pairs=2)  # of other lengths: each new one may make something that is kept
     for name, other in doubled.items():
         record.figure(f"time, {name}", "as it is", Spread.of(ratios(record.turns, one.name, name)), at_most=TIME)
         grown = measured(other)["above"]
@@ -49,7 +50,7 @@ class _Epochs:
 
     def __init__(self, name: str, job: Job) -> None:
         self.name = name
-        pairs = SETS[job.pair_set].stretched(job.stretched).pairs(job.pairs)
+        pairs = SETS[job.pair_set].stretched(job.stretched).pairs(job.pairs, copies=job.copies)
         settings = job.settings | {"num_train_epochs": 1}
         self._training: Training = spin_training(models.load_model(job.model), pairs, job.optimiser_batch, **settings)
 

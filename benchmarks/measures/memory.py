@@ -13,7 +13,7 @@ GOAL = 1 / 3
 def peak(bench: Bench, record: Record, set_name: str) -> None:
     """spinlm's over TRL's with its defaults; two of ours around one of theirs. TRL's second epoch is left out."""
     sizes = bench.sizes
-    common = (models.SMOLLM2, set_name, sizes.optimiser_batch, 1, sizes.optimiser_batch)
+    common = (models.SMOLLM2, set_name, sizes.optimiser_batch, 1, 1, sizes.optimiser_batch)
     ours = Job("spinlm", *common, settings={"num_train_epochs": 2} | bench.spin)
     theirs = Job("trl", *common, settings={})
     above = {"spinlm": [], "trl": []}  # type: dict[str, list[float]]

@@ -15,6 +15,7 @@ from benchmarks.record import Turn
 from spinlm.data.render import Renderer
 from spinlm.generation.engine import Request, Sampling
 from spinlm.generation.transformers_engine import TransformersEngine
+from spinlm.players.linear import fast_linear_layers
 
 Prompts = Sequence[Sequence[int]]
 FORWARD_TOKENS = 2048
@@ -135,7 +136,7 @@ class PagedGeneration(Generation):
 class ForwardPass:
     """The model over prompts and the answers another side gave, all at once: the same tokens, nothing to wait for.
 
-    The head is computed where an answer's tokens are predicted, as in generation.
+    The head is computed where an answer's tokens are predicted, as in generation; linear layers as in training.
     """
 
     name = "forward pass"
@@ -155,8 +156,9 @@ class ForwardPass:
     @torch.no_grad()
     def turn(self) -> Turn:
         started = time.perf_counter()
-        for batch in self._batches:
-            self._forward(batch)
+        with fast_linear_layers(self._model):
+            for batch in self._batches:
+                self._forward(batch)
         return Turn(self.name, time.perf_counter() - started, self._answered, {})
 
     def _forward(self, batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:

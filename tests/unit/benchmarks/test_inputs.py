@@ -33,6 +33,14 @@ def test_pairs_are_seeded_and_a_longer_list_begins_with_a_shorter_one() -> None:
     assert SETS["short"].pairs(4, seed=1)[0].real_ids != ids[0][0]
 
 
+def test_copies_have_the_same_lengths_and_other_tokens() -> None:
+    once, twice = (SETS["short"].pairs(4, copies=copies) for copies in (1, 2))
+    assert twice[:4] == once
+    for first, second in zip(once, twice[4:], strict=True):
+        assert second.prompt_ids == [token + 1 for token in first.prompt_ids]
+        assert [len(second.real_ids), len(second.synthetic_ids)] == [len(first.real_ids), len(first.synthetic_ids)]
+
+
 def test_prompts_differ_in_words_and_length() -> None:
     assert len({prompt for prompt, _ in instructions(256)}) == 256
     rendered = prompts(Renderer(tiny.build_tokenizer(), PromptSection()), 64)
