@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from spinlm.generation.engine import OnProgress, Request, Sampling
 from spinlm.generation.sampling import Sampler
 from spinlm.generation.slot_cache import Prefill, SlotCache
-from spinlm.players.logprobs import causal_lm
+from spinlm.players.logprobs import logits_argument
 
 PREFILL_TOKENS = 1024
 """Prompt tokens in one forward pass, at most (but for a single prompt that is longer): what a CPU's caches hold."""
@@ -24,6 +23,9 @@ SHORTEST_PREFIX = 8
 
 SPARE_COLUMNS = 64
 """Columns more than the longest response needs: how many steps lie between two moves of the cache, at least."""
+
+WIDTH_SHARE = 8
+"""So many columns of a prefix, whose keys and values are only looked at, take the room of one that is run."""
 
 LOGITS_COPIES = 4
 """Tensors of the vocabulary's size, in float32, that a draw has at the same time."""
@@ -69,7 +71,7 @@ class ContinuousBatch:
         self._on_progress = on_progress
         self._device = next(model.parameters()).device
         self._prefill_tokens = PREFILL_TOKENS_ON_GPU if self._device.type == "cuda" else PREFILL_TOKENS
-        self._last_only = last_logits_argument(model)
+        self._last_only = logits_argument(model, 1)
         self._sampler = Sampler([request.seed for request in requests], sampling, self._device)
         self.token_ids: list[list[int]] = [[] for _ in requests]
         self.logprobs = torch.zeros(len(requests), dtype=torch.float32, device=self._device)
@@ -143,11 +145,15 @@ class ContinuousBatch:
         while self._waiting and len(owners) < self._rows - len(self._owners):
             prompt = self._prompts[self._waiting[0]]
             if not prompts or prompt != prompts[-1]:
-                if prompts and (len(prompts) + 1) * (len(prompts[0]) - len(self._prefix)) > self._prefill_tokens:
+                if prompts and (len(prompts) + 1) * self._prefill_room(prompts[0]) > self._prefill_tokens:
                     break
                 prompts.append(prompt)
             owners.append(self._waiting.popleft())
         return prompts, owners
+
+    def _prefill_room(self, prompt: tuple[int, ...]) -> int:
+        """Of each prompt beside this longest one, in tokens that are run; a prefix isn't, but its keys are there."""
+        return max(len(prompt) - len(self._prefix), len(prompt) // WIDTH_SHARE)
 
     def _step(self) -> None:
         """One token more for every row in use."""
@@ -242,11 +248,6 @@ def row_bytes(model: Any, columns: int) -> int:
     token = torch.zeros(1, 1, dtype=torch.long, device=device)
     vocabulary: int = model(input_ids=token, past_key_values=cache, use_cache=True).logits.shape[-1]
     return columns * cache.nbytes() + LOGITS_COPIES * vocabulary * 4
-
-
-def last_logits_argument(model: Any) -> dict[str, int]:
-    """What asks a model for the last token's logits alone, where it can be asked."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(causal_lm(model).forward).parameters else {}
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

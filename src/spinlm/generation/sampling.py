@@ -85,7 +85,7 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:
     """The place where a cumulative sum first exceeds its target, or, short of it by rounding, last grows, [n, 1]."""
-    grows_last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    grows_last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()).clamp_(max=cumulative.shape[1] - 1)
     return torch.minimum(torch.searchsorted(cumulative, targets, right=True), grows_last)
 
 

@@ -15,13 +15,18 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from spinlm.players.logprobs import causal_lm
 
+COUNTS_BY_MASK = ("bloom", "mpt")
+"""ALiBi's distances don't change when a row begins in another column; who counts by the cache's length goes wrong."""
+
 
 def supports_slots(model: Any) -> bool:
-    """Whether all that the model remembers of a token is a key and a value in each layer."""
+    """Whether a model keeps a key and a value of each token in each layer and nothing else, and is told positions."""
     bare = causal_lm(model)
     if bare._is_stateful or not bare._supports_default_dynamic_cache():
         return False
-    if "past_key_values" not in inspect.signature(bare.forward).parameters:
+    takes = inspect.signature(bare.forward).parameters
+    is_told_positions = "position_ids" in takes or bare.config.model_type in COUNTS_BY_MASK
+    if "past_key_values" not in takes or not is_told_positions:
         return False
     layers = DynamicCache(config=bare.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

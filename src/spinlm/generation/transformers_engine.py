@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from spinlm.data.render import Renderer
+from spinlm.errors import UserError
 from spinlm.generation.attention import decoding_attention
 from spinlm.generation.continuous import ContinuousBatch, columns_needed, row_bytes
 from spinlm.generation.engine import OnProgress, Request, Response, Sampling
@@ -17,6 +19,7 @@ from spinlm.generation.packed_linear import packed_bytes, packed_linears
 from spinlm.generation.slot_cache import supports_slots
 from spinlm.generation.whole_batches import decode_whole_batch
 from spinlm.hardware import total_memory
+from spinlm.players.logprobs import NOT_FINITE
 
 WHOLE_BATCH = 32
 """Responses in a whole batch, where no other number is asked for."""
@@ -107,5 +110,7 @@ class TransformersEngine:
         return needed if needed <= PACKING_SHARE * total_memory(self._device) else 0
 
     def _response(self, ids: list[int], logprob: float) -> Response:
+        if not math.isfinite(logprob):
+            raise UserError(NOT_FINITE)
         finished = ids[-1] in self._renderer.stop_ids
         return Response(ids, self._renderer.text(ids), "stop" if finished else "length", logprob)
