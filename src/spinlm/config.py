@@ -321,8 +321,8 @@ class Recipe(Section):
         run_dir: Where everything that the run makes is kept.
         iterations: T, rounds of self-play.
         seed: Of every random choice.
-        tokens_per_pass: Tokens that go through the model together, in training and in scoring; by default 2,048, but
-            384 in training on a CPU.
+        tokens_per_pass: Tokens that go through the model together, in training and in scoring; by default 2,048, on
+            a CPU 384 and 1,024.
         layout: How they are laid out; `auto` is the fastest that the model computes rightly.
     """
 

@@ -19,6 +19,7 @@ def play(stages: Stages) -> list[Evaluation]:
         The evaluations of the base, the SFT model, each iteration's main player and the control.
     """
     start = opponent = stages.starting_player()
+    stages.settle_method(start)
     synthetic: dict[int, Answers] = {0: stages.generate(0, opponent)}
     evaluations = evaluate_starting_players(stages)
     for iteration in range(stages.recipe.iterations):

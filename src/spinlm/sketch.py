@@ -19,7 +19,7 @@ from spinlm.data.pairs import Group
 from spinlm.errors import UserError, first_line
 from spinlm.players.attention import takes_segments
 from spinlm.players.layouts import LAYOUTS, Layout, count_tokens, lay_out
-from spinlm.players.logprobs import Method, causal_lm, response_logprobs, scoring
+from spinlm.players.logprobs import NO_SEGMENTS, Method, causal_lm, response_logprobs, scoring
 from spinlm.players.models import Players
 from spinlm.players.tally import Tally
 from spinlm.training.checkpoints import Arguments
@@ -283,6 +283,7 @@ class Sketch:
         problem = ""
         for layout in layouts:
             if layout != "plain" and not takes_segments(self._base):
+                problem = f"layout {layout}: {NO_SEGMENTS}"
                 continue
             self.method = Method(layout, fused_head=self._base.get_output_embeddings() is not None)
             try:

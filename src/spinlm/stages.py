@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain, islice, takewhile
+from itertools import chain, cycle, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -453,7 +453,7 @@ class Stages:
         groups = [Group(example.prompt_ids, ids) for (example, _), ids in zip(rows, different, strict=True)]
         logprobs: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
         self.close()
-        model, method = self.players.opponent(player), self._method(player)
+        method, model = self.settle_method(player), self.players.opponent(player)
         tokens_per_pass = self._tokens_per_pass(training=False)
         with self.players.autocast():
             for places, values in score_groups(model, groups, method, tokens_per_pass, self.renderer.pad_id):
@@ -473,18 +473,29 @@ class Stages:
     def _tokens_per_pass(self, training: bool) -> int:
         return tokens_per_pass(self.recipe.tokens_per_pass, self.players.device.type != "cpu", training)
 
-    def _method(self, player: Player) -> Method:
-        """How log-probs are computed: the fastest way that is right for the model, found out once."""
+    def settle_method(self, player: Player) -> Method:
+        """How log-probs are computed: the fastest way that is right for the model, found out once in a run."""
         if self._chosen_method is None:
-            layouts = LAYOUTS if self.recipe.layout == "auto" else (self.recipe.layout,)
-            model = self.players.opponent(player)
-            with self.players.autocast():
-                self._chosen_method = choose_method(
-                    model, _telling_groups(self.data.train), self.renderer.pad_id, self.players.compute_dtype, layouts
-                )
-            because = f" ({self._chosen_method.reason})" if self._chosen_method.reason else ""
-            self.progress.say(f"layout: {self._chosen_method.layout}{because}")
+            examples = self.data.train
+            inputs = self._inputs("model", "adapter", "layout", data=self._data_hash, precision=self._precision)
+            artifact = self.run.artifact("layout.json", "data", inputs)
+            is_settled = artifact.is_committed()
+            method = Method(**read_json(artifact.path)) if is_settled else self._choose_method(player, examples)
+            self.processes.wait_for_everyone()
+            if self.processes.is_main_process and not is_settled:
+                with artifact.staging() as place:
+                    write_json(place, asdict(method))
+            self.processes.wait_for_everyone()
+            self.progress.say(f"layout: {method.layout}{f' ({method.reason})' if method.reason else ''}")
+            self._chosen_method = method
         return self._chosen_method
+
+    def _choose_method(self, player: Player, examples: Sequence[TokenizedExample]) -> Method:
+        layouts = LAYOUTS if self.recipe.layout == "auto" else (self.recipe.layout,)
+        groups = _telling_groups(examples, self.recipe.generation.max_new_tokens)
+        model = self.players.opponent(player)
+        with self.players.autocast():
+            return choose_method(model, groups, self.renderer.pad_id, self.players.compute_dtype, layouts)
 
     def _shards(
         self,
@@ -537,7 +548,7 @@ class Stages:
             self.close()
             checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
             with self._timed(folder), self._tracked(folder):
-                method = self._method(start)
+                method = self.settle_method(start)
                 model = self.players.main_player(start, seed=self._seed(folder))
                 trainer = make_trainer(model, checkpoints, method)
                 rows = train_resumably(trainer, lambda *logged: self.progress.training(title, *logged))
@@ -689,13 +700,20 @@ def _check_measure(recipe: Recipe, split: Split) -> None:
         )
 
 
-def _telling_groups(examples: Sequence[TokenizedExample]) -> list[Group]:
-    """Each prompt with its real response and, as a second one, what fits of another example's."""
+def _telling_groups(examples: Sequence[TokenizedExample], longest_response: int) -> list[Group]:
+    """Each prompt with its real response and, as a second one, what fits of another example's.
+
+    The longest group's is as long as a response can be: there a model's window may begin to tell.
+    """
     partners = [*examples[1:], *examples[:1]]
-    return [
+    groups = [
         Group(one.prompt_ids, [one.real_ids, other.real_ids[: len(one.real_ids)]])
         for one, other in zip(examples, partners, strict=True)
     ]
+    longest = max(range(len(groups)), key=lambda place: count_tokens([groups[place]], "shared"))
+    prompt, (real, _) = groups[longest].prompt_ids, groups[longest].responses
+    groups[longest] = Group(prompt, [real, list(islice(cycle(partners[longest].real_ids), longest_response))])
+    return groups
 
 
 def _stage(title: str) -> str:

@@ -97,3 +97,4 @@ def test_a_layout_that_the_model_cannot_take_is_refused(layout: str, tmp_path: P
     write_recipe(tmp_path / "recipe.yaml")
     outcome = spinlm("run", "recipe.yaml", *SHORT, f"layout={layout}", cwd=tmp_path)
     refused(outcome, "layout: ", layout, "the model has no attention")
+    assert not (tmp_path / "runs/recipe/iterations").exists(), "before anything was generated"

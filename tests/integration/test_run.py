@@ -13,7 +13,10 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 def _artifacts() -> dict[str, list[str]]:
     """Every artifact of the run by its key, and its files within the run directory."""
-    artifacts = {"data": ["data/train.jsonl", "data/held_out.jsonl", "data/dropped.jsonl"]}
+    artifacts = {
+        "layout.json": ["layout.json"],
+        "data": ["data/train.jsonl", "data/held_out.jsonl", "data/dropped.jsonl"],
+    }
     for folder in ("sft", "iterations/0", "iterations/1", "control"):
         artifacts[f"{folder}/training.jsonl"] = [f"{folder}/training.jsonl"]
         artifacts[f"{folder}/adapter"] = [f"{folder}/adapter/{name}" for name in ADAPTER]

@@ -100,7 +100,14 @@ def test_a_fork_takes_over_what_still_holds(copied: Path) -> None:
     succeeded(spinlm(*RUN, "training.beta=0.2", "--fork", "runs/new", cwd=copied))
     assert contents(old, without=()) == before
 
-    untouched_by_beta = ("data", "sft/", "iterations/0/synthetic/", "iterations/0/opponent_logprobs/", "control/")
+    untouched_by_beta = (
+        "layout.json",
+        "data",
+        "sft/",
+        "iterations/0/synthetic/",
+        "iterations/0/opponent_logprobs/",
+        "control/",
+    )
     untouched_by_beta += tuple(f"evaluation/{player}/" for player in ("base", "sft", "control"))
     expected = {key for key in _records(old) if key.startswith(untouched_by_beta)}
     assert _records(new).keys() == _records(old).keys()
@@ -132,6 +139,7 @@ def test_a_fork_with_another_seed_takes_over_nothing_random(place: Path) -> None
     old, new = place / "runs/recipe", place / "runs/new"
     assert "data" in _same(old, new, lambda record: record["hash"])
     not_random = {f"evaluation/{player}/measures.json" for player in ("base", "sft", "iteration-0")}  # of nothing
+    not_random.add("layout.json")
     assert _same(old, new, lambda record: record["hash"]) == {"data"} | not_random
     assert _same(old, new, lambda record: record["inputs"]) <= not_random
 

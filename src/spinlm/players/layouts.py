@@ -23,8 +23,9 @@ Layout = Literal["shared", "packed", "plain"]
 LAYOUTS: tuple[Layout, ...] = ("shared", "packed", "plain")
 """The fastest first."""
 
-TOKENS_PER_PASS, TRAINING_TOKENS_ON_CPU = 2048, 384
-"""Where no other number is asked for. In training on a CPU more are no faster: what a pass keeps leaves its caches."""
+TOKENS_ON_GPU, TRAINING_TOKENS_ON_CPU, SCORING_TOKENS_ON_CPU = 2048, 384, 1024
+"""In a pass, where no other number is asked for. In training on a CPU more are no faster: what they keep leaves its
+caches. Scoring keeps nothing."""
 
 Item = TypeVar("Item")
 
@@ -182,7 +183,8 @@ def _filled(tokens: int) -> int:
 
 def tokens_per_pass(asked: int | None, on_gpu: bool, training: bool) -> int:
     """The number that was asked for, or what suits the device and the passes."""
-    return asked or (TRAINING_TOKENS_ON_CPU if training and not on_gpu else TOKENS_PER_PASS)
+    on_cpu = TRAINING_TOKENS_ON_CPU if training else SCORING_TOKENS_ON_CPU
+    return asked or (TOKENS_ON_GPU if on_gpu else on_cpu)
 
 
 def into_passes(

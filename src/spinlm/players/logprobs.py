@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,9 @@ from spinlm.players.attention import SegmentedAttention, segmented_attention, ta
 from spinlm.players.head import LogitScale, head_logprobs
 from spinlm.players.layouts import LAYOUTS, Layout, ResponseBatch, Segment, count_tokens, into_passes, lay_out
 from spinlm.players.linear import fast_linear_layers
+
+NO_SEGMENTS = "the model has no attention that could be told what belongs together"
+NOT_FINITE = "model.name: this model's log-probs are not finite numbers; try model.dtype=float32"
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -80,7 +84,8 @@ class _ScoringForward:
     def __init__(self, model: Any, attention: SegmentedAttention | None, fused_head: bool) -> None:
         self._forward = model.forward
         self._head = model.get_output_embeddings()
-        self._scale = LogitScale.of(model.config) if fused_head and self._head is not None else None
+        fuses = fused_head and self._head is not None and not _is_gathered_by_zero(self._head)
+        self._scale = LogitScale.of(model.config) if fuses else None
         self._attention = attention
 
     def __call__(
@@ -119,6 +124,11 @@ class _ScoringForward:
         return logprobs[0]
 
 
+def _is_gathered_by_zero(head: Any) -> bool:
+    """ZeRO-3 gathers a module's weights for one call of it: the head can't be called within its own."""
+    return any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
 def response_logprobs(model: Any, batch: ResponseBatch) -> Tensor:
     """The log-prob of each response: the sum over its tokens, end-of-turn included, in float32, [N].
 
@@ -140,15 +150,22 @@ def response_logprobs(model: Any, batch: ResponseBatch) -> Tensor:
     return sums.index_add(0, batch["owners"], logprobs)
 
 
+def logits_argument(model: Any, count: int) -> dict[str, int]:
+    """What asks a model for the last tokens' logits alone, where it can be asked."""
+    takes = inspect.signature(causal_lm(model).forward).parameters
+    return {"logits_to_keep": count} if "logits_to_keep" in takes else {}
+
+
 def logprobs_from_logits(model: Any, group: Group) -> Tensor:
     """The same for one group by the model's own logits, one response at a time: slow, and beyond doubt."""
     device = next(model.parameters()).device
     sums = []
     for response in group.responses:
         ids = torch.tensor([[*group.prompt_ids, *response]], device=device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        predicting = logits[0, len(group.prompt_ids) - 1 : -1].float()
-        sums.append(-F.cross_entropy(predicting, ids[0, len(group.prompt_ids) :], reduction="sum"))
+        count = len(response)
+        needed = logits_argument(model, count + 1)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **needed).logits
+        sums.append(-F.cross_entropy(logits[0, -count - 1 : -1].float(), ids[0, -count:], reduction="sum"))
     return torch.stack(sums)
 
 
@@ -203,7 +220,7 @@ def choose_method(
     groups = [by_length[place] for place in sorted({0, len(groups) // 2, len(groups) - 1})]
     expected = [logprobs_from_logits(model, one).tolist() for one in groups]
     if not all(math.isfinite(value) for values in expected for value in values):
-        raise UserError("model.name: this model's log-probs are not finite numbers; try model.dtype=float32")
+        raise UserError(NOT_FINITE)
     allowed = 2e-4 if dtype == torch.float32 else tolerance(dtype)
     reasons: list[str] = []
     for fused_head in (True, False):
@@ -220,14 +237,17 @@ def _disagreement(
     model: Any, groups: Sequence[Group], expected: list[list[float]], method: Method, pad_id: int, allowed: float
 ) -> str | None:
     if method.layout != "plain" and not takes_segments(causal_lm(model)):
-        return "the model has no attention that could be told what belongs together"
+        return NO_SEGMENTS
     try:
         scores = all_scores(model, groups, method, tokens_per_pass=2**62, pad_id=pad_id)
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         return f"it can't be computed: {first_line(error)}"
-    worst = max(
+    differences = [
         abs(ours - theirs) / len(response) ** 0.5
         for one, scored, wanted in zip(groups, scores, expected, strict=True)
         for response, ours, theirs in zip(one.responses, scored, wanted, strict=True)
-    )
+    ]
+    if not all(map(math.isfinite, differences)):
+        return "log-probs come out that are not finite"
+    worst = max(differences)
     return None if worst <= allowed else f"log-probs differ by {worst:.2g} times the square root of their tokens"

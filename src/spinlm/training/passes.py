@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -111,6 +111,17 @@ class PassTrainer(Trainer, Generic[Row]):
                 yield
         finally:
             state._set_sync_gradients(True)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device as it is: with DeepSpeed Trainer would round log-probs to the model's half precision, too."""
+        if isinstance(data, Mapping):
+            return {name: self._prepare_input(value) for name, value in data.items()}
+        if not isinstance(data, Tensor):
+            return data
+        on_gpu = self.args.device.type == "cuda"
+        return (data.pin_memory() if on_gpu and data.device.type == "cpu" else data).to(
+            self.args.device, non_blocking=on_gpu
+        )
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated here: Trainer would ask padded rows for it."""

@@ -60,13 +60,15 @@ class SPINConfig(Arguments):
     loss: str = field(default="logistic", metadata={"help": "logistic, hinge, exponential or correlation."})
     tokens_per_pass: int | None = field(
         default=None,
-        metadata={"help": "Tokens that go through the model together; default: 2048, on a CPU 384 in training."},
+        metadata={"help": "Tokens that go through the model together; default: 2048; on a CPU 384, to score 1024."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss not in LOSSES:
             raise UserError(f"loss: {self.loss!r} is none of {', '.join(LOSSES)}")
+        if self.tokens_per_pass is not None and self.tokens_per_pass < 1:
+            raise UserError(f"tokens_per_pass: {self.tokens_per_pass} is no number of tokens")
 
 
 class SPINTrainer(PassTrainer[Pair]):
@@ -143,6 +145,8 @@ class SPINTrainer(PassTrainer[Pair]):
         )
         read = PairReader(processing_class)
         train, evaluation = (None if rows is None else read(rows) for rows in (train_dataset, eval_dataset))
+        if not train and not evaluation:
+            raise UserError("train_dataset: give pairs, there is none to train on")
         with without_dropout(self.model), self.accelerator.autocast():  # on its device now: as training will compute
             self.method = method or self._choose_method([*(train or []), *(evaluation or [])])
             if train is not None:
@@ -203,7 +207,7 @@ class SPINTrainer(PassTrainer[Pair]):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward, pass by pass; before the first, the start is checked."""
         if not self._start_checked and self.state.global_step == 0:
-            self._check_start(model, self.passes(inputs["rows"])[0])
+            self._check_start(model, self.passes(inputs["rows"]))
         self._start_checked = True
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -238,20 +242,24 @@ class SPINTrainer(PassTrainer[Pair]):
         return margin, torch.stack([real - opponent_real, synthetic - opponent_synthetic])
 
     @torch.no_grad()
-    def _check_start(self, model: Any, rows: Sequence[Pair]) -> None:
+    def _check_start(self, model: Any, passes: Sequence[Sequence[Pair]]) -> None:
         """At the start main player and opponent are one: every margin is 0, the logistic loss ln 2.
 
         Raises:
             WrongOpponent: They aren't.
         """
-        inputs = self._prepare_inputs(self.lay_out(rows))
+        margins, differences = [], []
         with scoring(self.model, self.method), without_dropout(model), self.compute_loss_context_manager():
-            margin, log_ratios = self._margins(model, inputs)
-        worst = float((log_ratios.abs() / _lengths(inputs).sqrt()).max())
+            for rows in passes:
+                inputs = self._prepare_inputs(self.lay_out(rows))
+                margin, log_ratios = self._margins(model, inputs)
+                margins.append(margin)
+                differences.append(torch.stack([log_ratios.abs(), log_ratios.abs() / _lengths(inputs).sqrt()]))
+        margin, (largest, worst) = torch.cat(margins), torch.cat(differences, dim=-1).flatten(1).amax(dim=1).tolist()
         allowed = tolerance(self._compute_dtype())
         if not worst <= allowed:
             raise WrongOpponent(
-                f"the main player doesn't start as the opponent: a log-ratio of {float(log_ratios.abs().max()):.4g} "
+                f"the main player doesn't start as the opponent: a log-ratio of {largest:.4g} "
                 f"where 0 is due (tolerance {allowed} times the square root of a response's tokens). The opponent's "
                 "log-probs were computed by other weights, in another precision or with another prompt: compute "
                 "them anew."

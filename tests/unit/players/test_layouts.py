@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spinlm.data.pairs import Group, Pair
-from spinlm.players.layouts import LAYOUTS, Layout, count_tokens, into_passes, lay_out, lay_out_pairs
+from spinlm.players.layouts import LAYOUTS, Layout, count_tokens, into_passes, lay_out, lay_out_pairs, tokens_per_pass
 
 GROUPS = [Group([1, 2], [[3], [4, 5, 6]]), Group([7], [[8, 9]])]
 
@@ -30,6 +30,23 @@ def test_shared_is_a_prompt_once_and_its_responses_side_by_side() -> None:
     # 3 and 4 are both predicted where 2 is, at place 1; 5 and 6 where 4 and 5 are; 8 where 7 is and 9 where 8 is.
     # 3, 6 and 9 end their responses: nothing is predicted from them.
     assert batch["predicting"].tolist() == [1, 1, 2, 3, 4, 5]
+
+
+def test_a_row_of_more_than_eight_tokens_is_filled_up_to_a_multiple_of_eight() -> None:
+    groups = [Group([1, 2, 3, 4], [[5, 6, 7], [8]]), Group([9, 10, 11], [[12, 13]])]
+    batch = lay_out(groups, "shared", pad_id=99)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 99, 99, 99, 99, 99, 99]]
+    assert batch["position_ids"] is not None
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0]]
+    assert batch["segments"] == ((4, -1), (2, 0), (3, -1), (7, 2)), "behind the last segment, where none sees them"
+    assert batch["predicting"].tolist() == [3, 4, 5, 3, 8, 9]
+    assert (batch["read"].item(), count_tokens(groups, "shared")) == (10, 16)
+
+
+def test_the_fill_may_follow_a_prompt() -> None:
+    batch = lay_out([Group([1] * 9, [[2]])], "packed", pad_id=99)
+    assert batch["segments"] == ((16, -1),)
+    assert batch["predicting"].tolist() == [8]
 
 
 def test_packed_is_the_prompt_again_before_each_response() -> None:
@@ -128,6 +145,12 @@ def test_as_many_tokens_are_counted_as_are_laid_out(layout: Layout) -> None:
 def test_items_of_like_length_go_together_the_longest_first(budget: int, passes: list[list[int]]) -> None:
     assert into_passes([5, 3, 9, 1, 4, 12], sum, budget) == passes
     assert into_passes([], sum, budget) == []
+
+
+def test_tokens_of_a_pass_by_device_and_use() -> None:
+    found = {(gpu, training): tokens_per_pass(None, gpu, training) for gpu in (0, 1) for training in (0, 1)}
+    assert found == {(0, 0): 1024, (0, 1): 384, (1, 0): 2048, (1, 1): 2048}
+    assert {tokens_per_pass(100, gpu, training) for gpu, training in found} == {100}
 
 
 def test_padding_counts() -> None:

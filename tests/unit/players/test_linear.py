@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from spinlm.players.linear import fast_linear_layers, linear
@@ -20,7 +21,7 @@ def _gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad((output * weights).sum(), inputs)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 1, 7)])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 1, 7), (16, 7), (11, 7), (3, 7, 7)])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_product_and_gradients(shape: tuple[int, ...], with_bias: bool, transposed: bool) -> None:
@@ -33,6 +34,28 @@ def test_product_and_gradients(shape: tuple[int, ...], with_bias: bool, transpos
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     for mine, expected in zip(_gradients(ours, *inputs), _gradients(theirs, *inputs), strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
+class _Rows(TorchDispatchMode):
+    """The numbers of rows of all products by oneDNN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket is torch.ops.mkldnn._linear_pointwise:
+            self.seen.add(args[0].shape[:-1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def test_onednn_meets_few_numbers_of_rows() -> None:
+    """It keeps megabytes of code for each of them."""
+    model = _adapted()
+    with _Rows() as rows, fast_linear_layers(model):
+        for count in range(1, 41):
+            _outcome(model, torch.randn(count, 5))
+    assert rows.seen == {*range(1, 9), 16, 24, 32, 40}
 
 
 def test_a_frozen_weight_keeps_no_input() -> None:
@@ -121,7 +144,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", [pytest.param(value, id=name) for name, value in SETTINGS.items()])
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (11, 5), (3, 7, 5)])
 def test_adapted_layers_compute_what_peft_does(settings: dict[str, Any], shape: tuple[int, ...]) -> None:
     model, x = _adapted(**settings).train(), torch.randn(shape)
     expected = _outcome(model, x)

@@ -20,6 +20,7 @@ import tiny
 from spinlm.data.pairs import Group
 from spinlm.errors import UserError
 from spinlm.players import head
+from spinlm.players import logprobs as logprobs_module
 from spinlm.players.layouts import LAYOUTS, Layout, lay_out
 from spinlm.players.logprobs import (
     Method,
@@ -270,6 +271,23 @@ def test_the_whole_vocabulary_is_never_there_for_more_than_a_chunk(kind: str, mo
 TELLING = _groups([(12, [30, 30]), (5, [6, 9]), (20, [40, 1])])
 
 NO_ATTENTION = "the model has no attention that could be told what belongs together"
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_layout_whose_logprobs_are_not_numbers_is_not_chosen(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever response of a group it is that comes out so."""
+    right = logprobs_module.all_scores
+
+    def wrong(model: Any, groups: Any, method: Method, **settings: Any) -> list[list[float]]:
+        scores = right(model, groups, method, **settings)
+        if method.layout == "shared":
+            scores[-1][place] = math.nan
+        return scores
+
+    monkeypatch.setattr(logprobs_module, "all_scores", wrong)
+    method = _chosen(build_model("llama"))
+    assert (method.layout, method.fused_head) == ("packed", True)
+    assert method.reason == "shared with a fused head: log-probs come out that are not finite"
 
 
 def _chosen(model: Any, layouts: Sequence[Layout] = LAYOUTS) -> Method:

@@ -287,6 +287,29 @@ def test_a_model_whose_logprobs_are_not_numbers_is_refused(tmp_path: Path) -> No
         unchecked.train()
 
 
+def test_every_pass_of_the_first_batch_is_checked(tmp_path: Path) -> None:
+    rows = [vars(pair) for pair in _trainer(tmp_path, _token_rows(4)).train_dataset]
+    shortest = min(rows, key=lambda row: len(row["prompt_ids"]) + len(row["real_ids"]) + len(row["synthetic_ids"]))
+    shortest["opponent_real_logprob"] += 1.0
+    with pytest.raises(WrongOpponent):
+        _trainer(tmp_path, rows, per_device_train_batch_size=4, tokens_per_pass=1).train()
+
+
+def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train_dataset: give pairs"):
+        _trainer(tmp_path, [])
+
+
+def test_half_precision_of_the_model_does_not_round_the_opponents_logprobs(tmp_path: Path) -> None:
+    """With DeepSpeed, Trainer's own way would: at -600, bfloat16 numbers are 4 apart."""
+    trainer = _trainer(tmp_path, _token_rows(2))
+    batch = trainer.lay_out([replace(pair, opponent_real_logprob=-601.25) for pair in trainer.train_dataset])
+    trainer.is_deepspeed_enabled = True
+    prepared = trainer._prepare_inputs(batch)
+    assert set(prepared) == set(batch)
+    assert prepared["opponent_real"].tolist() == [-601.25, -601.25]
+
+
 def test_the_other_iterations_opponent_is_refused(tmp_path: Path) -> None:
     """The classical mistake: log-probs of the base, training from the adapter."""
     rows = list(_trainer(tmp_path, _token_rows(4)).train_dataset)
