@@ -191,16 +191,14 @@ class _Planner:
     def _played(self) -> list[TokenizedExample]:
         return self._split.train[: self._recipe.generation.max_prompts]
 
-    # --- who goes through the model together: lengths stand for tokens ---
+    # --- who goes through the model together: of responses, lengths stand for tokens ---
 
     def _synthetic(self, example: TokenizedExample, count: int) -> list[range]:
         """The opponent's responses: as long as the real one, up to the cap."""
         return [range(min(len(example.real_ids), self._recipe.generation.max_new_tokens))] * count
 
     def _groups(self, examples: Sequence[TokenizedExample], synthetic: int) -> list[Group]:
-        return [
-            Group(range(len(e.prompt_ids)), [range(len(e.real_ids)), *self._synthetic(e, synthetic)]) for e in examples
-        ]
+        return [Group(e.prompt_ids, [range(len(e.real_ids)), *self._synthetic(e, synthetic)]) for e in examples]
 
     def _pair_groups(self, iteration: int) -> list[Group]:
         sources = min(iteration, self._recipe.training.replay) + 1

@@ -18,7 +18,7 @@ from spinlm.config import Recipe, TrainerSection
 from spinlm.data.pairs import Group
 from spinlm.errors import UserError, first_line
 from spinlm.players.attention import takes_segments
-from spinlm.players.layouts import LAYOUTS, Layout, count_tokens, lay_out
+from spinlm.players.layouts import LAYOUTS, Layout, common_opening, count_tokens, lay_out
 from spinlm.players.logprobs import NO_SEGMENTS, Method, causal_lm, response_logprobs, scoring
 from spinlm.players.models import Players
 from spinlm.players.tally import Tally
@@ -56,12 +56,13 @@ def extent_of(groups: Sequence[Group], layout: Layout) -> Extent:
     if layout == "plain":
         rows = sum(len(one.responses) for one in groups)
         return Extent(tokens, responses, tokens * tokens / rows)
-    couples = 0
+    opening = common_opening(groups) if layout == "shared" else 0
+    couples = opening**2
     for one in groups:
         prompt = len(one.prompt_ids)
         prompts = 1 if layout == "shared" else len(one.responses)
         read = (max(0, len(response) - 1) for response in one.responses)
-        couples += prompts * prompt**2 + sum(own * (prompt + own) for own in read)
+        couples += prompts * (prompt - opening) * prompt + sum(own * (prompt + own) for own in read)
     return Extent(tokens, responses, couples)
 
 

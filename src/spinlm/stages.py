@@ -479,7 +479,8 @@ class Stages:
             examples = self.data.train
             inputs = self._inputs("model", "adapter", "layout", data=self._data_hash, precision=self._precision)
             artifact = self.run.artifact("layout.json", "data", inputs)
-            is_settled = artifact.is_committed()
+            with self.processes.main_process_first():  # which copies it, in a forked run
+                is_settled = artifact.is_committed()
             method = Method(**read_json(artifact.path)) if is_settled else self._choose_method(player, examples)
             self.processes.wait_for_everyone()
             if self.processes.is_main_process and not is_settled:

@@ -85,7 +85,8 @@ class SegmentedAttention:
         for number, (length, before) in enumerate(self._segments):
             k, v = keys[number], values[number]
             if before >= 0:
-                k, v = torch.cat([keys[before], k], dim=2), torch.cat([values[before], v], dim=2)
+                line = _line(self._segments, number)
+                k, v = (torch.cat([states[one] for one in line], dim=2) for states in (keys, values))
             end = k.shape[2] - length
             for part in torch.split(queries[number], QUERIES_AT_ONCE, dim=2):
                 end += part.shape[2]
@@ -134,6 +135,12 @@ class SegmentedAttention:
         return whole[keys - queries : keys, :keys]
 
 
+def _line(segments: Sequence[Segment], number: int) -> list[int]:
+    """The segments that one continues, the first of them first, and itself."""
+    before = segments[number][1]
+    return [number] if before < 0 else [*_line(segments, before), number]
+
+
 @cache
 def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
@@ -142,14 +149,17 @@ def _compiled_flex() -> Callable[..., Any]:
 def _block_mask(segments: Sequence[Segment], window: int | None, device: torch.device) -> BlockMask:
     """For flex attention: who sees whom, by segment and by position in the conversation."""
     lengths = [length for length, _ in segments]
-    starts = [0 if before < 0 else lengths[before] for _, before in segments]
+    lines = [_line(segments, place) for place in range(len(segments))]
+    starts = [sum(lengths[one] for one in line[:-1]) for line in lines]
+    in_line = torch.zeros(len(segments), len(segments), dtype=torch.bool)
+    for place, line in enumerate(lines):
+        in_line[place, line] = True
+    in_line = in_line.to(device)
     number = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(lengths)).to(device)
-    before = torch.tensor([before for _, before in segments]).to(device)[number]
     position = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]).to(device)
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        related = (number[query] == number[key]) | (before[query] == number[key])
-        seen = related & (query >= key)
+        seen = in_line[number[query], number[key]] & (query >= key)
         return seen if window is None else seen & (position[query] - position[key] < window)
 
     return create_block_mask(sees, None, None, len(number), len(number), device=str(device))

@@ -1,6 +1,7 @@
 """How prompts and their responses are laid out for a forward pass, and how many go into one.
 
 - `shared`: all in one row; a prompt once, then its responses side by side, each of which sees the prompt and itself.
+  What all prompts of the row begin with (a system prompt, a template's header) is there once for all of them.
 - `packed`: all in one row; the prompt again before each response, each couple by itself.
 - `plain`: a row for each couple, padded on the right: what every causal language model understands.
 
@@ -27,13 +28,15 @@ TOKENS_ON_GPU, TRAINING_TOKENS_ON_CPU, SCORING_TOKENS_ON_CPU = 2048, 384, 1024
 """In a pass, where no other number is asked for. In training on a CPU more are no faster: what they keep leaves its
 caches. Scoring keeps nothing."""
 
-Item = TypeVar("Item")
+LEAST_OPENING = 8
+"""Tokens that prompts have to have in common, for a segment of its own to be worth it."""
 
+Item = TypeVar("Item")
 
 Segment = tuple[int, int]
 """A stretch of a row: its length in tokens, and the number of the segment that it continues, or -1.
 
-Its tokens see those before them in it, and all of the segment that it continues.
+Its tokens see those before them in it, and all of the segment that it continues and of what that one continues.
 """
 
 
@@ -87,13 +90,13 @@ def lay_out(groups: Sequence[Group], layout: Layout, pad_id: int) -> ResponseBat
         groups = [Group(one.prompt_ids, [response]) for one in groups for response in one.responses]
     responses = [response for one in groups for response in one.responses]
     lengths = torch.tensor([len(response) for response in responses])
-    rows = _padded_rows(groups, pad_id) if layout == "plain" else _one_row(groups, pad_id)
+    rows = _padded_rows(groups, pad_id) if layout == "plain" else _one_row(groups, pad_id, layout)
     return {
         **rows,  # type: ignore[typeddict-item]
         "targets": torch.tensor([token for response in responses for token in response], dtype=torch.long),
         "owners": torch.repeat_interleave(torch.arange(len(responses)), lengths),
         "lengths": lengths,
-        "read": torch.tensor(sum(_read(one.prompt_ids, *one.responses) for one in groups)),
+        "read": torch.tensor(_read_in(groups, layout)),
     }
 
 
@@ -110,17 +113,23 @@ def lay_out_pairs(pairs: Sequence[Pair], layout: Layout, pad_id: int) -> PairBat
     }
 
 
-def _one_row(groups: Sequence[Group], pad_id: int) -> dict[str, object]:
+def _one_row(groups: Sequence[Group], pad_id: int, layout: Layout) -> dict[str, object]:
     """Groups one after the other; the first token of each response is predicted from the prompt's last."""
     ids: list[int] = []
     positions: list[int] = []
     predicting: list[int] = []
     segments: list[Segment] = []
+    opening = common_opening(groups) if layout == "shared" else 0
+    if opening:
+        ids += groups[0].prompt_ids[:opening]
+        positions += range(opening)
+        segments.append((opening, -1))
     for prompt, responses in ((one.prompt_ids, one.responses) for one in groups):
-        prompt_number, last_of_prompt = len(segments), len(ids) + len(prompt) - 1
-        ids += prompt
-        positions += range(len(prompt))
-        segments.append((len(prompt), -1))
+        own = prompt[opening:]
+        prompt_number, last_of_prompt = len(segments), len(ids) + len(own) - 1
+        ids += own
+        positions += range(opening, len(prompt))
+        segments.append((len(own), 0 if opening else -1))
         for response in responses:
             read = response[:-1]
             if response:
@@ -141,6 +150,17 @@ def _one_row(groups: Sequence[Group], pad_id: int) -> dict[str, object]:
         "segments": tuple(segments),
         "predicting": torch.tensor(predicting, dtype=torch.long),
     }
+
+
+def common_opening(groups: Sequence[Group]) -> int:
+    """How many tokens all the prompts begin with, if it is worth it; each keeps one of its own, to predict from."""
+    if len(groups) < 2:
+        return 0
+    prompts = [list(one.prompt_ids) for one in groups]
+    first, last = min(prompts), max(prompts)  # all prompts lie between them
+    most = min(map(len, prompts)) - 1
+    common = next((place for place in range(most) if first[place] != last[place]), most)
+    return common if common >= LEAST_OPENING else 0
 
 
 def _padded_rows(groups: Sequence[Group], pad_id: int) -> dict[str, object]:
@@ -169,10 +189,16 @@ def _read(prompt: Sequence[int], *responses: Sequence[int]) -> int:
     return len(prompt) + sum(max(0, len(response) - 1) for response in responses)
 
 
+def _read_in(groups: Sequence[Group], layout: Layout) -> int:
+    """Those of all groups, of a shared opening once."""
+    again = (len(groups) - 1) * common_opening(groups) if layout == "shared" else 0
+    return sum(_read(one.prompt_ids, *one.responses) for one in groups) - again
+
+
 def count_tokens(groups: Sequence[Group], layout: Layout) -> int:
     """The tokens of a forward pass over these groups, padding included."""
     if layout == "shared":
-        return _filled(sum(_read(one.prompt_ids, *one.responses) for one in groups))
+        return _filled(_read_in(groups, layout)) if groups else 0
     couples = [_read(one.prompt_ids, response) for one in groups for response in one.responses]
     return _filled(sum(couples)) if layout == "packed" else len(couples) * max(couples, default=0)
 

@@ -12,8 +12,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from spinlm.players import attention as attention_module
 from spinlm.players.attention import SegmentedAttention
 
-SEGMENTS = ((3, -1), (4, 0), (1, 0), (5, -1), (2, -1), (6, 4), (3, 4))
-"""A prompt with two responses, one without any, and another with two."""
+SEGMENTS = ((3, -1), (4, 0), (1, 0), (5, -1), (2, -1), (6, 4), (3, 4), (2, 3), (1, 7), (4, 7), (3, 3), (2, 10))
+"""A prompt with two responses, one without any, another with two; and two prompts that go on from the one without."""
 
 
 def _seen() -> list[list[int]]:
@@ -21,8 +21,11 @@ def _seen() -> list[list[int]]:
     starts = [sum(length for length, _ in SEGMENTS[:number]) for number in range(len(SEGMENTS))]
     seen = []
     for start, (length, before) in zip(starts, SEGMENTS, strict=True):
-        prompt = list(range(starts[before], starts[before] + SEGMENTS[before][0])) if before >= 0 else []
-        seen += [[*prompt, *range(start, start + place + 1)] for place in range(length)]
+        line: list[int] = []
+        while before >= 0:
+            line = [*range(starts[before], starts[before] + SEGMENTS[before][0]), *line]
+            before = SEGMENTS[before][1]
+        seen += [[*line, *range(start, start + place + 1)] for place in range(length)]
     return seen
 
 

@@ -49,6 +49,33 @@ def test_the_fill_may_follow_a_prompt() -> None:
     assert batch["predicting"].tolist() == [8]
 
 
+def test_what_all_prompts_begin_with_is_there_once() -> None:
+    opening = [11, 12, 13, 14, 15, 16, 17, 18]
+    groups = [Group([*opening, 1, 2], [[3, 4], [5]]), Group([*opening, 1], [[6, 7]]), Group([*opening, 8], [[9]])]
+    batch = lay_out(groups, "shared", pad_id=99)
+    assert batch["input_ids"].tolist() == [[*opening, 1, 2, 3, 1, 6, 8, 99, 99]]
+    assert batch["position_ids"] is not None
+    assert batch["position_ids"].tolist() == [[*range(8), 8, 9, 10, 8, 9, 8, 0, 0]]
+    assert batch["segments"] == ((8, -1), (2, 0), (1, 1), (1, 0), (1, 3), (3, 0))
+    assert batch["predicting"].tolist() == [9, 10, 9, 11, 12, 13]
+    assert (batch["read"].item(), count_tokens(groups, "shared")) == (14, 16)
+    packed = [length for length, before in lay_out(groups, "packed", 99)["segments"] if before == -1]
+    assert packed[:3] == [10, 10, 9], "where each row is by itself, each has its own"
+
+
+def test_each_prompt_keeps_a_token_of_its_own_to_predict_from() -> None:
+    groups = [Group([1] * 10, [[3, 4]]), Group([1] * 12, [[5]])]
+    batch = lay_out(groups, "shared", pad_id=99)
+    assert batch["segments"] == ((9, -1), (1, 0), (1, 1), (5, 0)), "two of the last five fill the row"
+    assert batch["predicting"].tolist() == [9, 10, 13]
+
+
+@pytest.mark.parametrize("groups", [[Group([1] * 20, [[2]])], [Group([1] * 8, [[2]]), Group([1] * 20, [[2]])]])
+def test_one_prompt_or_a_short_opening_is_laid_out_as_it_is(groups: list[Group]) -> None:
+    segments = lay_out(groups, "shared", pad_id=99)["segments"]
+    assert [before for _, before in segments] == [-1] * len(groups)
+
+
 def test_packed_is_the_prompt_again_before_each_response() -> None:
     batch = lay_out(GROUPS, "packed", pad_id=99)
     assert batch["input_ids"].tolist() == [[1, 2, 1, 2, 4, 5, 7, 8]]

@@ -135,6 +135,21 @@ def test_equals_a_naive_loop_over_rows(family: str, layout: Layout, training: st
     _assert_same(_ours(model, _groups(), Method(layout)), _expected_of(family, training))
 
 
+def _with_an_opening(groups: Sequence[Group]) -> list[Group]:
+    """20 tokens before each prompt, of which no more than that is common."""
+    opening = [(7 * place) % 250 for place in range(20)]
+    return [replace(one, prompt_ids=[*opening, *one.prompt_ids[-40:]]) for one in groups]
+
+
+@pytest.mark.parametrize("training", _BUILD)
+@pytest.mark.parametrize("family", ATTENTIVE)
+def test_a_common_opening_is_run_once_and_gets_the_gradients_of_all(family: str, training: str) -> None:
+    groups, model = _with_an_opening(_groups()), _model(family, training)
+    batch = lay_out(groups, "shared", 0)
+    assert batch["segments"][0] == (20, -1) and [before for _, before in batch["segments"]].count(0) == len(groups)
+    _assert_same(_ours(model, groups, Method("shared")), _expected(_model(family, training), groups))
+
+
 @pytest.mark.parametrize(("family", "layout"), [("gpt_neo", "shared"), ("llama", "packed"), ("mamba", "plain")])
 def test_logits_of_response_positions_are_as_good_as_a_fused_head(family: str, layout: Layout) -> None:
     method = Method(layout, fused_head=False)
