@@ -7,11 +7,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spinlm.generation.engine import OnProgress, Request, Sampling
 from spinlm.generation.sampling import Sampler
 from spinlm.generation.slot_cache import Prefill, SlotCache
+from spinlm.players.linear import rows_to_spare
 from spinlm.players.logprobs import logits_argument
 
 PREFILL_TOKENS = 1024
@@ -80,7 +82,8 @@ class ContinuousBatch:
         self._waiting = deque(order)
         self._rows = rows
         self._prefix = common_prefix(self._prompts)
-        self._cache = SlotCache(rows, columns_needed(max(map(len, self._prompts)), self._cap))
+        columns = columns_needed(max(map(len, self._prompts)), self._cap)
+        self._cache = SlotCache(rows + rows_to_spare(rows), columns)
         # Of the rows in use: the request, the column of its first token, the newest token (not in the cache yet).
         self._owners: list[int] = []
         self._begins = self._tokens = torch.empty(0, dtype=torch.long, device=self._device)
@@ -162,11 +165,13 @@ class ContinuousBatch:
             longest_waiting = len(self._prompts[self._waiting[0]]) if self._waiting else 0
             self._move_columns(max(cache.end - cache.begin, longest_waiting))
         columns = torch.arange(cache.begin, cache.end + 1, device=self._device)
-        attention_mask = (columns >= self._begins[:, None]).long()
-        position_ids = (cache.end - self._begins)[:, None]
-        logits = self._forward(self._tokens[:, None], attention_mask, position_ids)
+        idle = (0, rows_to_spare(cache.rows))  # filled up here, not in every layer; an idle row sees itself alone
+        begins = F.pad(self._begins, idle, value=cache.end)
+        attention_mask = (columns >= begins[:, None]).long()
+        position_ids = (cache.end - begins)[:, None]
+        logits = self._forward(F.pad(self._tokens, idle)[:, None], attention_mask, position_ids)
         cache.end += 1
-        self._draw(logits, first=0)
+        self._draw(logits[: cache.rows], first=0)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         """The logits after each row's last token, [n, V]."""

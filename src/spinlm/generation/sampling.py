@@ -38,23 +38,23 @@ class Sampler:
         """One token for each of n rows, and its log-prob under the model, untempered, in float32.
 
         Args:
-            logits: The model's own, [n, V].
+            logits: The model's own, [n, V]; overwritten, since a copy would take longer than the draw.
             requests: Which request each row answers, [n].
             ages: How many tokens of the response there are already, [n].
 
         Returns:
             Tokens and log-probs, both [n].
         """
-        logits = logits.float()
-        if self._sampling.temperature == 0:
+        logits, temperature = logits.float(), self._sampling.temperature
+        if temperature == 0:
             tokens = logits.argmax(dim=-1)
         else:
-            warped = logits if self._sampling.temperature == 1 else logits / self._sampling.temperature
+            warped = logits if temperature == 1 else logits / temperature
             warped = self._warpers(torch.empty(0), warped)
-            tokens, normaliser = inverse_cdf(warped, self._uniforms[requests, ages])
-        if self._sampling.temperature == 0 or warped is not logits:
-            normaliser = logits.logsumexp(dim=-1)
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - normaliser
+            tokens, logprobs = inverse_cdf(warped, self._uniforms[requests, ages])
+            if warped is logits:
+                return tokens, logprobs
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,14 +64,13 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     and one block are added up in high precision.
 
     Args:
-        logits: [n, V].
+        logits: [n, V]; overwritten.
         uniforms: In [0, 1), in the precision to add up with, [n].
 
     Returns:
-        Tokens of probability above zero, and the log-sum-exp of the logits in float32, both [n].
+        Tokens of probability above zero, and their log-probs in float32, both [n].
     """
-    peaks = logits.amax(dim=-1, keepdim=True)
-    weights = (logits - peaks).exp_()
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
     if weights.shape[1] % BLOCK:
         weights = F.pad(weights, (0, -weights.shape[1] % BLOCK))
     blocks = weights.view(len(weights), -1, BLOCK)
@@ -80,7 +79,8 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     before = F.pad(sums, (1, 0)).gather(1, block)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(uniforms.dtype).cumsum(dim=-1)
     tokens = block * BLOCK + _first_above(inside, uniforms[:, None] * sums[:, -1:] - before)
-    return tokens[:, 0], (peaks + sums[:, -1:].log())[:, 0].float()
+    chosen = weights.gather(1, tokens).to(uniforms.dtype)
+    return tokens[:, 0], (chosen.log() - sums[:, -1:].log())[:, 0].float()
 
 
 def _first_above(cumulative: Tensor, targets: Tensor) -> Tensor:

@@ -52,7 +52,8 @@ class SlotCache(Cache):  # type: ignore[misc]
     Every row's newest token is in the same column, its oldest in a column of its own: to the model an ordinary
     batch padded on the left. Sliding layers are kept whole: which columns they see is the mask's affair.
 
-    A forward pass is either a step, in which every row in use gets the column `end`, or a prefill, in which new
+    A forward pass is either a step, in which every row in use gets the column `end` (and idle ones after them, if the
+    pass has more rows), or a prefill, in which new
     rows get the columns before `end`: those of a prefix that all prompts begin with, and those that the pass brings.
 
     Attributes:
@@ -119,9 +120,10 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         cache = self._cache
         if cache.prefilling is not None:
             return self._prefill(cache.prefilling, key_states, value_states)
-        self.keys[: cache.rows, :, cache.end] = key_states[:, :, 0]
-        self.values[: cache.rows, :, cache.end] = value_states[:, :, 0]
-        seen = (slice(cache.rows), slice(None), slice(cache.begin, cache.end + 1))
+        rows = len(key_states)
+        self.keys[:rows, :, cache.end] = key_states[:, :, 0]
+        self.values[:rows, :, cache.end] = value_states[:, :, 0]
+        seen = (slice(rows), slice(None), slice(cache.begin, cache.end + 1))
         return self.keys[seen], self.values[seen]
 
     def _prefill(self, new: Prefill, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

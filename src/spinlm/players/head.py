@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from spinlm.players.linear import ROWS_TOGETHER, linear, rows_to_spare
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Of logits in float32 at a time."""
 
 
@@ -101,16 +101,14 @@ class _FrozenHead(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = scale(linear(hidden[part], weight, bias)).float()
             place = targets[part, None]
-            chosen = logits.gather(1, place)
             slope = None if scale.cap is None else 1 - (logits / scale.cap).square()
-            highest = logits.amax(dim=1, keepdim=True)
-            sums = logits.sub_(highest).exp_().sum(dim=1, keepdim=True)
-            logprobs[part] = (chosen - highest - sums.log())[:, 0]
-            by_logits = logits.div_(-sums)
-            by_logits.scatter_add_(1, place, torch.ones_like(chosen))
+            all_logprobs = torch.log_softmax(logits, dim=1)
+            chosen = all_logprobs.gather(1, place)
+            logprobs[part] = chosen[:, 0]
+            against_logits = all_logprobs.exp_().scatter_(1, place, chosen.expm1())
             if slope is not None:
-                by_logits *= slope
-            gradient[part] = linear(by_logits.to(weight.dtype), weight.t()).mul_(scale.factor)
+                against_logits *= slope
+            gradient[part] = linear(against_logits.to(weight.dtype), weight.t()).mul_(-scale.factor)
         ctx.save_for_backward(gradient)
         return logprobs
 

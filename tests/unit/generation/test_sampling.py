@@ -13,7 +13,7 @@ NEVER = torch.tensor(-torch.inf)
 
 
 def _draw(logits: torch.Tensor, *uniforms: float) -> list[int]:
-    rows = logits.expand(len(uniforms), -1)
+    rows = logits.repeat(len(uniforms), 1)
     tokens: list[int] = inverse_cdf(rows, torch.tensor(uniforms, dtype=torch.float64))[0].tolist()
     return tokens
 
@@ -38,22 +38,22 @@ def test_draws_are_those_of_a_cumulative_sum_in_float64(vocabulary: int) -> None
     uniforms = torch.rand(500, dtype=torch.float64, generator=generator)
     cumulative = logits.double().softmax(-1).cumsum(-1)
     expected = torch.searchsorted(cumulative, uniforms[:, None], right=True)[:, 0]
-    tokens, normalisers = inverse_cdf(logits, uniforms)
+    tokens, logprobs = inverse_cdf(logits.clone(), uniforms)
     assert torch.equal(tokens, expected)
-    assert torch.allclose(normalisers, logits.logsumexp(-1), atol=1e-5)
+    assert torch.allclose(logprobs, logits.log_softmax(-1).gather(1, expected[:, None])[:, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.0}])
 def test_the_log_prob_is_that_of_the_untouched_distribution(how: dict[str, float]) -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(1))
     sampler = Sampler(range(6), Sampling(3, **how), torch.device("cpu"))  # type: ignore[arg-type]
-    tokens, logprobs = sampler.draw(logits, torch.arange(6), torch.zeros(6, dtype=torch.long))
+    tokens, logprobs = sampler.draw(logits.clone(), torch.arange(6), torch.zeros(6, dtype=torch.long))
     assert torch.allclose(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0], atol=1e-5)
 
 
 def test_a_draw_depends_on_the_request_and_its_age_alone() -> None:
     logits = torch.zeros(4, 1000)
     sampler = Sampler([7, 8], Sampling(2), torch.device("cpu"))
-    tokens = sampler.draw(logits, torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 0]))[0].tolist()
+    tokens = sampler.draw(logits.clone(), torch.tensor([0, 1, 1, 0]), torch.tensor([0, 0, 1, 0]))[0].tolist()
     assert tokens[0] == tokens[3]
     assert len(set(tokens)) == 3

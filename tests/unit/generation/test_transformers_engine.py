@@ -19,6 +19,7 @@ from spinlm.generation import continuous
 from spinlm.generation.engine import Request, Response, Sampling, request_seed
 from spinlm.generation.slot_cache import SlotCache
 from spinlm.generation.transformers_engine import TransformersEngine
+from spinlm.players.linear import rows_to_spare
 from spinlm.players.logprobs import Method, all_scores
 from unit.players.families import build_model
 
@@ -165,7 +166,9 @@ def test_rows_that_have_ended_are_not_computed() -> None:
     requests = _requests()
     responses = _generate(model, requests, FREE, batch_size=len(requests))
     lengths = [len(response.token_ids) for response in responses]
-    assert [rows for rows, width in seen[1:]] == [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    going_on = [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    assert [rows for rows, width in seen[1:]] == [rows + rows_to_spare(rows) for rows in going_on]
+    assert going_on[0] > going_on[-1]
 
 
 def test_the_models_own_sampling_advice_is_not_taken() -> None:
