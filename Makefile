@@ -1,7 +1,7 @@
 # make demo   sets up and runs the main job on a small model
 # make test   sets up and runs the tests; make test-all adds the slow ones
 # make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
-# make bench  side-by-side timings, about an hour; BENCH="--quick" some minutes
+# make bench  side-by-side timings, up to two hours; BENCH="--quick" some minutes
 # make check  lint, format, types, import rules
 
 PYTHON ?= python3

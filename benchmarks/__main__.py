@@ -25,12 +25,14 @@ RESULTS = Path("benchmarks/results")
 
 
 def bench(
-    only: Annotated[str, typer.Option(help="These measures, separated by commas; train means every train-….")] = "",
+    only: Annotated[
+        str, typer.Option(help="Take these measures, separated by commas (train: all train-…); the file keeps others.")
+    ] = "",
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes and fewer measures: rough, in some minutes.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what the results file has by the same settings.")
+        bool, typer.Option("--resume", help="Don't take again what the results file has whole, by the same settings.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="The results file.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of SPINConfig, key=value.")] = None,
@@ -47,7 +49,7 @@ def bench(
         sizes = given.with_sizes(given.QUICK if quick else given.Sizes(), size or [])
         what = Bench(sizes, given.parse(settings or []), vllm_python)
         show = out or RESULTS / ("quick.json" if quick else "full.json")
-        failed = _measure(what, _chosen(only, quick), show, resume)
+        failed = _measure(what, _chosen(only, quick), show, keep=resume or bool(only), resume=resume)
     else:
         failed = False
     _show(show, as_markdown)
@@ -68,7 +70,7 @@ def _chosen(only: str, quick: bool) -> list[str]:
     return [measure for measure in MEASURES if any(measure in measures for measures in chosen.values())]
 
 
-def _measure(what: object, names: list[str], path: Path, resume: bool) -> bool:
+def _measure(what: object, names: list[str], path: Path, keep: bool, resume: bool) -> bool:
     """Take the measures; whether one of them failed."""
     from benchmarks.bench import Bench, Skipped
     from benchmarks.machine import PACKAGES, machine
@@ -79,7 +81,7 @@ def _measure(what: object, names: list[str], path: Path, resume: bool) -> bool:
     assert isinstance(what, Bench)
     _be_quiet()
     header = {"machine": machine(what.sizes.peak_size), "versions": versions(PACKAGES)}
-    results = Results(path, header, resume, say=_say)
+    results = Results(path, header, keep, say=_say)
     any_failed = False
     for name in names:
         if resume and results.is_finished(name, what.settings()):

@@ -147,23 +147,30 @@ class Record:
 class Results:
     """The results file: machine, versions, and each measure under its name."""
 
-    def __init__(self, path: Path, header: dict[str, Any], resume: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], keep: bool, say: Callable[[str], None]) -> None:
         """Start a file, or go on with one.
 
         Args:
             path: Where; its directory is made.
             header: Machine and versions.
-            resume: Keep the measures that the file has.
+            keep: The measures that the file has stay in it, but for those that begin anew.
             say: Shows progress.
 
         Raises:
-            UserError: The file to go on with isn't one of ours.
+            UserError: The file to go on with isn't one of ours, or was measured on another machine or with other
+                versions: a table is of one.
         """
         self.path = path
         self._say = say
         self._measures: dict[str, Any] = {}
-        if resume and path.exists():
-            self._measures = read_results(path)["measures"]
+        if keep and path.exists():
+            there = read_results(path)
+            if _origin(there) != _origin(header):
+                raise UserError(
+                    f"{path}: was measured on another machine or with other versions: give another file by --out, "
+                    "or measure everything anew"
+                )
+            self._measures = there["measures"]
         self._tree = {**header, "measures": self._measures}
 
     def is_finished(self, name: str, settings: dict[str, Any]) -> bool:
@@ -189,6 +196,10 @@ class Results:
         beside = self.path.with_name(f".{self.path.name}.part")
         beside.write_text(json.dumps(self._tree, indent=1) + "\n", encoding="utf-8")
         beside.replace(self.path)
+
+
+def _origin(results: dict[str, Any]) -> list[Any]:
+    return [results["machine"]["cpu"], results["machine"]["cores"], results["versions"]]
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from benchmarks.bench import Bench, Skipped
 from benchmarks.inputs import prompts
 from benchmarks.record import Record, Spread
 from benchmarks.sides.generation import (
+    OFFICIAL_BATCH,
     ForwardPass,
     Generation,
     PagedGeneration,
@@ -19,7 +20,6 @@ from benchmarks.sides.vllm import vllm_generation
 from spinlm.data.render import Renderer
 from spinlm.generation.engine import Sampling
 
-OFFICIAL_BATCH = 16
 BATCHES = (32, 64, 128)
 AGAINST_OFFICIAL, AGAINST_BEST, AGAINST_VLLM, AGAINST_FORWARD = 5.0, 2.5, 1.5, 0.6
 SAME_LENGTH = 0.15

@@ -18,6 +18,9 @@ from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.players.linear import fast_linear_layers
 
 Prompts = Sequence[Sequence[int]]
+OFFICIAL_BATCH = 16
+"""The official script's."""
+
 FORWARD_TOKENS = 2048
 """Tokens in a batch of the plain forward pass."""
 

@@ -15,14 +15,12 @@ from benchmarks import models
 from benchmarks.inputs import instructions
 from benchmarks.record import Turn
 from benchmarks.settings import Sizes
-from benchmarks.sides.generation import TransformersGeneration
+from benchmarks.sides.generation import OFFICIAL_BATCH, TransformersGeneration
 from benchmarks.sides.training import dpo_training
 from spinlm.api import opened
 from spinlm.config import Recipe, recipe_from
 from spinlm.data.pairs import Pair
 from spinlm.selfplay import train_alone
-
-OFFICIAL_BATCH = 16
 
 
 def write_data(path: Path, count: int) -> None:

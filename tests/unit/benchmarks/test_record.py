@@ -28,8 +28,8 @@ class Given:
         return next(self._turns)
 
 
-def _results(path: Path, resume: bool = False) -> Results:
-    return Results(path, HEADER, resume, say=lambda text: None)
+def _results(path: Path, keep: bool = False, header: dict[str, Any] = HEADER) -> Results:
+    return Results(path, header, keep, say=lambda text: None)
 
 
 def _measured(results: Results, name: str = "train", settings: dict[str, Any] | None = None) -> Record:
@@ -76,7 +76,7 @@ def test_resuming_keeps_what_is_whole_and_by_the_same_settings(tmp_path: Path) -
         _measured(first, name)
     first.finish("whole", 1.0)
     first.finish("failed", 1.0, failed="failed: no memory")
-    resumed = _results(path, resume=True)
+    resumed = _results(path, keep=True)
     assert resumed.is_finished("whole", {"pairs": 12})
     assert not resumed.is_finished("whole", {"pairs": 13})
     assert not resumed.is_finished("failed", {"pairs": 12})
@@ -84,13 +84,27 @@ def test_resuming_keeps_what_is_whole_and_by_the_same_settings(tmp_path: Path) -
     _measured(resumed, "failed")
     assert _read(resumed)["measures"]["whole"] == _read(first)["measures"]["whole"]
     assert len(_read(resumed)["measures"]["failed"]["turns"]) == 5, "a measure begins anew"
-    assert not _results(path).is_finished("whole", {"pairs": 12}), "without --resume all is measured anew"
+    assert not _results(path).is_finished("whole", {"pairs": 12}), "all is measured anew"
+
+
+def test_a_file_is_of_one_machine_and_one_set_of_versions(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    _measured(_results(path))
+    other_peak = HEADER | {"machine": HEADER["machine"] | {"matrix_peak_gflops": 2}}
+    assert _measured(_results(path, keep=True, header=other_peak), "other").turns, "noise in the peak is no difference"
+    for other in (
+        HEADER | {"machine": HEADER["machine"] | {"cpu": "slide rule"}},
+        HEADER | {"versions": {"torch": "2"}},
+    ):
+        with pytest.raises(UserError, match="another machine or with other versions"):
+            _results(path, keep=True, header=other)
+        _results(path, header=other)
 
 
 def test_going_on_with_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("[1]")
     with pytest.raises(UserError, match="no measures"):
-        _results(tmp_path / "results.json", resume=True)
+        _results(tmp_path / "results.json", keep=True)
 
 
 def _read(results: Results) -> dict[str, Any]:
