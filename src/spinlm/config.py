@@ -220,6 +220,15 @@ class TrainerSection(Section):
             "disable_tqdm",
             "ignore_data_skip",
             "label_smoothing_factor",
+            "train_sampling_strategy",
+            "length_column_name",
+            "per_device_eval_batch_size",
+            "prediction_loss_only",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "batch_eval_metrics",
+            "include_for_metrics",
         }
     )
 
@@ -251,6 +260,11 @@ class TrainerSection(Section):
         if self.save_steps % self.logging_steps:
             raise ValueError("save_steps must be a multiple of logging_steps, so that a resumed run logs the same")
         return self
+
+    @property
+    def precision(self) -> str:
+        """`bf16` or `fp16`, where the forward pass is computed in that; else empty."""
+        return next((name for name in ("bf16", "fp16") if (self.model_extra or {}).get(name)), "")
 
     def arguments(self) -> dict[str, Any]:
         """The section as keyword arguments of TrainingArguments."""

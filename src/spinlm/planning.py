@@ -19,6 +19,7 @@ from spinlm.generation.continuous import LOGITS_COPIES, PREFILL_TOKENS, PREFILL_
 from spinlm.generation.memory import rows_that_fit
 from spinlm.hardware import Machine, check_gpu, named_gpu, this_machine
 from spinlm.players.layouts import count_tokens, into_passes, tokens_per_pass
+from spinlm.players.linear import rows_to_spare
 from spinlm.players.models import Players, context_length
 from spinlm.sketch import Extent, Sketch, Work, extent_of
 from spinlm.stages import check_context, prepare_data
@@ -140,8 +141,7 @@ class _Planner:
         self._recipe = recipe
         self._gpu = None if gpu is None else check_gpu(gpu)
         self._processes = processes
-        extra = recipe.training.model_extra or {}
-        self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
+        self._precision = recipe.training.precision
         self._players = Players(self._model_section(), recipe.adapter, self._precision)
         self._is_gpu = gpu is not None or self._players.device.type != "cpu"
         check_context(recipe, context_length(self._players.config))
@@ -288,21 +288,25 @@ class _Planner:
 
     @cached_property
     def _decoding(self) -> tuple[int, int, int]:
-        prompts = [len(e.prompt_ids) for e in (*self._played, *self._split.held_out)]
-        tokens = max(max(prompts), min(PREFILL_TOKENS_ON_GPU if self._is_gpu else PREFILL_TOKENS, sum(prompts)))
-        return self._sketch.decoding(tokens)
+        asked = (*self._played, *self._split.held_out)
+        most = PREFILL_TOKENS_ON_GPU if self._is_gpu else PREFILL_TOKENS
+        return self._sketch.decoding(max(1, min(len(asked), most // self._longest_prompt)), self._longest_prompt)
+
+    @property
+    def _longest_prompt(self) -> int:
+        return max(len(e.prompt_ids) for e in (*self._played, *self._split.held_out))
 
     @property
     def _row_bytes(self) -> tuple[int, int]:
         """Of one response's keys and values, and of its logits while a token is drawn."""
-        longest = max(len(e.prompt_ids) for e in (*self._played, *self._split.held_out))
         a_token, logits, _ = self._decoding
-        columns = columns_needed(longest, self._recipe.generation.max_new_tokens)
+        columns = columns_needed(self._longest_prompt, self._recipe.generation.max_new_tokens)
         return columns * a_token, LOGITS_COPIES * logits
 
     @cached_property
     def _packed_bytes(self) -> int:
-        return 0 if self._is_gpu or self._precision else self._sketch.packed_bytes()
+        packs = not (self._is_gpu or self._precision or self._recipe.model.load_in_4bit)
+        return self._sketch.packed_bytes(self._machine.memory) if packs else 0
 
     @cached_property
     def _rows(self) -> int:
@@ -314,10 +318,11 @@ class _Planner:
 
     def _generation_phase(self) -> Phase:
         kept, logits = self._row_bytes
+        rows = self._rows + (0 if self._is_gpu else rows_to_spare(self._rows))
         parts = self._weights() | {
             "packed copies": self._packed_bytes,
-            "keys and values": self._rows * kept,
-            "activations and temporaries": max(self._rows * logits, self._decoding[2]),
+            "keys and values": rows * kept,
+            "activations and temporaries": max(rows * logits, self._decoding[2]),
         }
         return Phase("generate", parts)
 

@@ -57,7 +57,7 @@ def evaluate(stages: Stages, iteration: int, main_player: Player, opponent: Eval
 def evaluate_starting_players(stages: Stages) -> list[Evaluation]:
     """The base model, and the SFT model where there is one."""
     players = dict.fromkeys([stages.base, stages.starting_player()])
-    for player in players:
+    for player in reversed(players):  # an engine that holds a model of its own has the starting player's already
         stages.answer(player)
     return [stages.evaluate(player) for player in players]
 

@@ -17,9 +17,18 @@ from transformers.pytorch_utils import Conv1D
 from spinlm.config import Recipe, TrainerSection
 from spinlm.data.pairs import Group
 from spinlm.errors import UserError, first_line
+from spinlm.generation.packed_linear import packed_bytes
+from spinlm.generation.slot_cache import supports_slots
 from spinlm.players.attention import takes_segments
-from spinlm.players.layouts import LAYOUTS, Layout, common_opening, count_tokens, lay_out
-from spinlm.players.logprobs import NO_SEGMENTS, Method, causal_lm, response_logprobs, scoring
+from spinlm.players.layouts import LAYOUTS, Layout, count_tokens, lay_out, opening_of
+from spinlm.players.logprobs import (
+    NO_SEGMENTS,
+    Method,
+    causal_lm,
+    logits_argument,
+    response_logprobs,
+    scoring,
+)
 from spinlm.players.models import Players
 from spinlm.players.tally import Tally
 from spinlm.training.checkpoints import Arguments
@@ -56,7 +65,7 @@ def extent_of(groups: Sequence[Group], layout: Layout) -> Extent:
     if layout == "plain":
         rows = sum(len(one.responses) for one in groups)
         return Extent(tokens, responses, tokens * tokens / rows)
-    opening = common_opening(groups) if layout == "shared" else 0
+    opening = opening_of(groups, layout)
     couples = opening**2
     for one in groups:
         prompt = len(one.prompt_ids)
@@ -116,6 +125,9 @@ class Sketch:
             _fill(self._model)
         self._base = causal_lm(self._model)
         self.dtype = torch.bfloat16 if load_in_4bit else players.compute_dtype
+        # Under ZeRO-3 the head can't be called by itself; lower stages are taken for it.
+        by_deepspeed = bool((recipe.training.model_extra or {}).get("deepspeed"))
+        self._fuses = self._base.get_output_embeddings() is not None and not by_deepspeed
         layouts = LAYOUTS if recipe.layout == "auto" else (recipe.layout,)
         self.method = self._find_method(layouts)
 
@@ -142,10 +154,9 @@ class Sketch:
         quantised: list[Tensor] = [module.weight for module in self._linears() if module is not head]
         return whole - sum(w.nbytes for w in quantised) + int(sum(NF4_BYTES * w.numel() for w in quantised))
 
-    def packed_bytes(self) -> int:
-        """Of copies of the float32 linear layers, as generation packs them on a CPU."""
-        sizes: list[int] = [one.weight.nbytes for one in self._linears() if one.weight.dtype == torch.float32]
-        return sum(sizes)
+    def packed_bytes(self, memory: int) -> int:
+        """Of copies of the linear layers, as generation packs them on a CPU with so much memory."""
+        return packed_bytes(self._model, memory) if supports_slots(self._model) else 0
 
     def _linears(self) -> Iterator[Any]:
         for name, module in self._model.named_modules():
@@ -206,23 +217,26 @@ class Sketch:
         ).tolist()  # the first: of a pass, next to none
         return Work(*by_extent)
 
-    def decoding(self, tokens: int) -> tuple[int, int, int]:
-        """Of generation: bytes kept for a token, its logits in float32, and the most that a pass over a prompt takes.
+    def decoding(self, prompts: int, tokens: int) -> tuple[int, int, int]:
+        """Of generation: bytes kept for a token, its logits in float32, and what a pass over prompts takes beside.
 
         Args:
-            tokens: Of prompts, in one pass.
+            prompts: In one pass.
+            tokens: Of each.
         """
+        a_token, vocabulary, _ = self._prefill(1, 1)  # sliding layers are kept whole: no window cuts a single token
+        kept, _, peak = self._prefill(prompts, tokens)
+        return a_token, 4 * vocabulary, peak - kept
+
+    def _prefill(self, rows: int, tokens: int) -> tuple[int, int, int]:
+        """Bytes of keys and values that a pass leaves, the vocabulary's size, and the pass's peak with those."""
         self._model.eval()
         with self._fake, torch.no_grad(), Tally(self._tensors()) as tally, self._autocast():
-            output = self._prefill(torch.zeros(1, tokens, dtype=torch.long))
-        cache = getattr(output, "past_key_values", None)
-        layers = getattr(cache, "layers", [])
+            ids = torch.zeros(rows, tokens, dtype=torch.long)
+            output = self._model(input_ids=ids, use_cache=True, **logits_argument(self._model, 1))
+        layers = getattr(getattr(output, "past_key_values", None), "layers", [])
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if hasattr(layer, "keys"))
-        return kept // tokens, 4 * int(output.logits.shape[-1]), tally.peak - kept
-
-    def _prefill(self, ids: Tensor) -> Any:
-        last_only = {"logits_to_keep": 1} if "logits_to_keep" in self._base.forward.__code__.co_varnames else {}
-        return self._model(input_ids=ids, use_cache=True, **last_only)
+        return kept, int(output.logits.shape[-1]), int(tally.peak)
 
     def _batch(self, groups: Sequence[Group]) -> Any:
         return {
@@ -286,7 +300,7 @@ class Sketch:
             if layout != "plain" and not takes_segments(self._base):
                 problem = f"layout {layout}: {NO_SEGMENTS}"
                 continue
-            self.method = Method(layout, fused_head=self._base.get_output_embeddings() is not None)
+            self.method = Method(layout, fused_head=self._fuses)
             try:
                 self.scoring_pass([Group(range(2), [range(2)])])
                 return self.method

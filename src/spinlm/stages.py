@@ -125,8 +125,7 @@ class Stages:
         self.run = run
         self.progress = progress
         self.processes = PartialState()
-        extra = recipe.training.model_extra or {}
-        self._precision = next((name for name in ("bf16", "fp16") if extra.get(name)), "")
+        self._precision = recipe.training.precision
         self.players = Players(recipe.model, recipe.adapter, self._precision)
         self._chosen_method: Method | None = None
         self._weights_kind = "adapter" if recipe.adapter is not None else "model"

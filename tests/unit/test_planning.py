@@ -17,10 +17,12 @@ import tiny
 from spinlm.config import Recipe, recipe_from
 from spinlm.data.pairs import Group, Pair
 from spinlm.data.render import Renderer
+from spinlm.generation.continuous import LOGITS_COPIES, columns_needed, row_bytes
+from spinlm.generation.packed_linear import packed_bytes
 from spinlm.hardware import named_gpu
 from spinlm.planning import Plan, StageCost, plan
 from spinlm.players.layouts import tokens_per_pass
-from spinlm.players.logprobs import Method, all_scores
+from spinlm.players.logprobs import Method, all_scores, logits_argument
 from spinlm.players.models import Players
 from spinlm.players.tally import Tally
 from spinlm.sketch import Sketch, extent_of
@@ -161,6 +163,34 @@ def test_scoring_memory_is_what_a_real_pass_takes(small: Path, tmp_path: Path) -
         )
     parts = _phase(plan(recipe), "score")
     assert parts["activations and temporaries"] == pytest.approx(tally.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neo", "mamba"])
+def test_generation_memory_is_what_the_engine_takes(family: str, tmp_path: Path) -> None:
+    """Eleven prompts of some 50 tokens: more in all than the models take, and longer than Gemma's window."""
+    recipe = _recipe(
+        tiny.save_model(tmp_path / "model", family),
+        _dataset(tmp_path / "data.jsonl", rows=11, response=20),
+        data={"max_prompt_tokens": 90, "max_length": 128},
+        adapter=None,
+        generation={"max_new_tokens": 30, "batch_size": 9},
+    )
+    planned, players = plan(recipe), Players(recipe.model, recipe.adapter)
+    parts, model = _phase(planned, "generate"), players.opponent(players.base_player())
+    longest = max(len(pair.prompt_ids) for pair in _pairs(recipe, players))
+    logits = LOGITS_COPIES * 4 * tiny.VOCABULARY
+    if family == "mamba":
+        assert parts["packed copies"] == parts["keys and values"] == 0
+    else:
+        assert parts["packed copies"] == packed_bytes(model, planned.machine.memory) > 0
+        a_row = row_bytes(model, columns_needed(longest, 30)) - logits
+        assert parts["keys and values"] == 16 * a_row, "9 rows are filled up to 16"
+    with torch.no_grad(), Tally([*model.parameters(), *model.buffers()]) as tally:
+        output = model(torch.zeros(11, longest, dtype=torch.long), use_cache=True, **logits_argument(model, 1))
+        layers = getattr(output.get("past_key_values"), "layers", [])
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    expected = max(tally.peak - kept, 16 * logits)
+    assert parts["activations and temporaries"] == pytest.approx(expected, rel=0.15)
 
 
 GPT_NEO_2_7B = transformers.GPTNeoConfig(

@@ -13,15 +13,13 @@ from torch import Tensor
 from spinlm.generation.engine import OnProgress, Request, Sampling
 from spinlm.generation.sampling import Sampler
 from spinlm.generation.slot_cache import Prefill, SlotCache
+from spinlm.players.layouts import common_start
 from spinlm.players.linear import rows_to_spare
 from spinlm.players.logprobs import logits_argument
 
 PREFILL_TOKENS = 1024
 """Prompt tokens in one forward pass, at most (but for a single prompt that is longer): what a CPU's caches hold."""
 PREFILL_TOKENS_ON_GPU = 8192
-
-SHORTEST_PREFIX = 8
-"""Tokens that all prompts have to begin with for these to be run once for all of them."""
 
 SPARE_COLUMNS = 64
 """Columns more than the longest response needs: how many steps lie between two moves of the cache, at least."""
@@ -81,9 +79,9 @@ class ContinuousBatch:
         order = sorted(range(len(requests)), key=lambda i: (-len(self._prompts[i]), self._prompts[i]))
         self._waiting = deque(order)
         self._rows = rows
-        self._prefix = common_prefix(self._prompts)
+        self._prefix = self._prompts[0][: common_start(set(self._prompts))]
         columns = columns_needed(max(map(len, self._prompts)), self._cap)
-        self._cache = SlotCache(rows + rows_to_spare(rows), columns)
+        self._cache = SlotCache(rows + idle_rows(rows, self._device), columns)
         # Of the rows in use: the request, the column of its first token, the newest token (not in the cache yet).
         self._owners: list[int] = []
         self._begins = self._tokens = torch.empty(0, dtype=torch.long, device=self._device)
@@ -165,7 +163,7 @@ class ContinuousBatch:
             longest_waiting = len(self._prompts[self._waiting[0]]) if self._waiting else 0
             self._move_columns(max(cache.end - cache.begin, longest_waiting))
         columns = torch.arange(cache.begin, cache.end + 1, device=self._device)
-        idle = (0, rows_to_spare(cache.rows))  # filled up here, not in every layer; an idle row sees itself alone
+        idle = (0, idle_rows(cache.rows, self._device))  # here, not in every layer; an idle row sees itself alone
         begins = F.pad(self._begins, idle, value=cache.end)
         attention_mask = (columns >= begins[:, None]).long()
         position_ids = (cache.end - begins)[:, None]
@@ -232,12 +230,9 @@ class ContinuousBatch:
         self._cache.move_columns(end)
 
 
-def common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What different prompts begin with, all but the last token of any; nothing where that is short."""
-    first, last = min(prompts), max(prompts)
-    most = min(len(prompt) for prompt in prompts) - 1
-    same = next((place for place in range(most) if first[place] != last[place]), most)
-    return first[:same] if same >= SHORTEST_PREFIX and first != last else ()
+def idle_rows(rows: int, device: torch.device) -> int:
+    """Decoded beside so many that are in use, on a CPU: its products are of filled-up rows anyway."""
+    return rows_to_spare(rows) if device.type == "cpu" else 0
 
 
 def columns_needed(longest_prompt: int, max_new_tokens: int) -> int:

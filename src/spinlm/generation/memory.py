@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from spinlm.players.linear import ROWS_TOGETHER
+
 MOST_ROWS, MOST_ROWS_ON_GPU = 128, 512
 """Beyond this nothing is gained."""
 
@@ -19,4 +21,5 @@ def rows_that_fit(total: int, held: int, row_bytes: int, on_gpu: bool) -> int:
         on_gpu: Or on a CPU.
     """
     most = MOST_ROWS_ON_GPU if on_gpu else MOST_ROWS
-    return max(1, min(most, int(SHARE * (total - held) / row_bytes)))
+    fitting = max(1, min(most, int(SHARE * (total - held) / row_bytes)))
+    return fitting - fitting % ROWS_TOGETHER if fitting > ROWS_TOGETHER else fitting

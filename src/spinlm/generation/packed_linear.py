@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spinlm.players.linear import onednn_product
+from spinlm.players.linear import onednn_product, rows_to_spare
+
+MEMORY_SHARE = 0.25
+"""Of the memory, that packed copies of the weights may take."""
 
 
 @contextmanager
@@ -25,21 +28,22 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
 
     Args:
         model: On a CPU, with or without a LoRA adapter.
-        rows: The number of rows that most products will have.
+        rows: Responses decoded together: so many rows, filled up, most products will have.
     """
     layers = list(_packable(model))
     try:
         for layer in layers:
-            layer.forward = _packed_forward(*_folded(layer), rows)
+            layer.forward = _packed_forward(*_folded(layer), rows + rows_to_spare(rows))
         yield
     finally:
         for layer in layers:
             vars(layer).pop("forward", None)
 
 
-def packed_bytes(model: nn.Module) -> int:
-    """What the copies take."""
-    return sum(_linear(layer).weight.nbytes for layer in _packable(model))
+def packed_bytes(model: nn.Module, memory: int) -> int:
+    """What the copies take; 0 where that is too much of the memory, and none are made."""
+    needed = sum(_linear(layer).weight.nbytes for layer in _packable(model))
+    return needed if needed <= MEMORY_SHARE * memory else 0
 
 
 def _packable(module: nn.Module) -> Iterator[Any]:

@@ -79,6 +79,7 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     before = F.pad(sums, (1, 0)).gather(1, block)
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].to(uniforms.dtype).cumsum(dim=-1)
     tokens = block * BLOCK + _first_above(inside, uniforms[:, None] * sums[:, -1:] - before)
+    tokens.clamp_(max=logits.shape[1] - 1)  # NaN would point past the vocabulary
     chosen = weights.gather(1, tokens).to(uniforms.dtype)
     return tokens[:, 0], (chosen.log() - sums[:, -1:].log())[:, 0].float()
 

@@ -52,9 +52,9 @@ class SlotCache(Cache):  # type: ignore[misc]
     Every row's newest token is in the same column, its oldest in a column of its own: to the model an ordinary
     batch padded on the left. Sliding layers are kept whole: which columns they see is the mask's affair.
 
-    A forward pass is either a step, in which every row in use gets the column `end` (and idle ones after them, if the
-    pass has more rows), or a prefill, in which new
-    rows get the columns before `end`: those of a prefix that all prompts begin with, and those that the pass brings.
+    A forward pass is either a step, in which every row in use (and idle ones after them, if the pass has more) gets the
+    column `end`, or a prefill, in which new rows get the columns before `end`: those of a prefix that all prompts begin
+    with, and those that the pass brings.
 
     Attributes:
         prefix: The cache of the prefix's forward pass, in one row.

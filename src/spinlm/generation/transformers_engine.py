@@ -24,9 +24,6 @@ from spinlm.players.logprobs import NOT_FINITE
 WHOLE_BATCH = 32
 """Responses in a whole batch, where no other number is asked for."""
 
-PACKING_SHARE = 0.25
-"""Of the memory, that packed copies of the weights may take."""
-
 
 class TransformersEngine:
     """Decodes with any causal language model of transformers, possibly with a LoRA adapter.
@@ -106,8 +103,7 @@ class TransformersEngine:
         usable = self._device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         if self.batching == "whole" or not usable or torch.is_autocast_enabled("cpu"):
             return 0
-        needed = packed_bytes(self._model)
-        return needed if needed <= PACKING_SHARE * total_memory(self._device) else 0
+        return packed_bytes(self._model, total_memory(self._device))
 
     def _response(self, ids: list[int], logprob: float) -> Response:
         if not math.isfinite(logprob):

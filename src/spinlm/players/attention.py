@@ -192,6 +192,7 @@ def segmented_attention(model: Any) -> Iterator[SegmentedAttention]:
     try:
         yield attention
     finally:
+        attention.segments = ()  # with the masks, which transformers' registry would keep
         model.config._attn_implementation = before
         for layer in layers:
             del layer._attn

@@ -78,10 +78,11 @@ def _chunk_logprobs(head: Any, scale: LogitScale, hidden: Tensor, targets: Tenso
 
 
 def _is_frozen_linear(head: Any) -> bool:
-    """Nothing of it is trained, and its weights are whole in this process."""
+    """Nothing of it is trained, nothing changes what it gives, and its weights are whole in this process."""
     frozen = not any(parameter.requires_grad for parameter in head.parameters())
+    hooked = bool(head._forward_hooks or head._forward_pre_hooks)
     elsewhere = isinstance(getattr(head, "weight", None), DTensor) or hasattr(getattr(head, "weight", None), "ds_id")
-    return frozen and type(head) is nn.Linear and not elsewhere
+    return frozen and type(head) is nn.Linear and not hooked and not elsewhere
 
 
 class _FrozenHead(torch.autograd.Function):

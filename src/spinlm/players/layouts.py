@@ -11,7 +11,7 @@ multiple of `ROWS_TOGETHER` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypedDict, TypeVar
 
 import torch
@@ -28,8 +28,8 @@ TOKENS_ON_GPU, TRAINING_TOKENS_ON_CPU, SCORING_TOKENS_ON_CPU = 2048, 384, 1024
 """In a pass, where no other number is asked for. In training on a CPU more are no faster: what they keep leaves its
 caches. Scoring keeps nothing."""
 
-LEAST_OPENING = 8
-"""Tokens that prompts have to have in common, for a segment of its own to be worth it."""
+LEAST_IN_COMMON = 8
+"""Tokens that prompts have to begin with, all of them, for running these once to be worth it."""
 
 Item = TypeVar("Item")
 
@@ -119,7 +119,7 @@ def _one_row(groups: Sequence[Group], pad_id: int, layout: Layout) -> dict[str, 
     positions: list[int] = []
     predicting: list[int] = []
     segments: list[Segment] = []
-    opening = common_opening(groups) if layout == "shared" else 0
+    opening = opening_of(groups, layout)
     if opening:
         ids += groups[0].prompt_ids[:opening]
         positions += range(opening)
@@ -152,15 +152,19 @@ def _one_row(groups: Sequence[Group], pad_id: int, layout: Layout) -> dict[str, 
     }
 
 
-def common_opening(groups: Sequence[Group]) -> int:
+def common_start(prompts: Collection[list[int]] | Collection[tuple[int, ...]]) -> int:
     """How many tokens all the prompts begin with, if it is worth it; each keeps one of its own, to predict from."""
-    if len(groups) < 2:
+    if len(prompts) < 2:
         return 0
-    prompts = [list(one.prompt_ids) for one in groups]
     first, last = min(prompts), max(prompts)  # all prompts lie between them
     most = min(map(len, prompts)) - 1
     common = next((place for place in range(most) if first[place] != last[place]), most)
-    return common if common >= LEAST_OPENING else 0
+    return common if common >= LEAST_IN_COMMON else 0
+
+
+def opening_of(groups: Sequence[Group], layout: Layout) -> int:
+    """The tokens of a first segment that all the prompts share."""
+    return common_start([list(one.prompt_ids) for one in groups]) if layout == "shared" else 0
 
 
 def _padded_rows(groups: Sequence[Group], pad_id: int) -> dict[str, object]:
@@ -191,7 +195,7 @@ def _read(prompt: Sequence[int], *responses: Sequence[int]) -> int:
 
 def _read_in(groups: Sequence[Group], layout: Layout) -> int:
     """Those of all groups, of a shared opening once."""
-    again = (len(groups) - 1) * common_opening(groups) if layout == "shared" else 0
+    again = (len(groups) - 1) * opening_of(groups, layout)
     return sum(_read(one.prompt_ids, *one.responses) for one in groups) - again
 
 

@@ -45,7 +45,8 @@ class Method:
 
     Attributes:
         layout: Of a batch.
-        fused_head: Whether they come straight from the hidden states; else from the logits of response positions.
+        fused_head: Whether they come straight from the hidden states; else from logits, of response positions alone
+            where the model can be asked for those.
         reason: Why not by a faster method, in words; empty where there is none.
     """
 
@@ -86,6 +87,7 @@ class _ScoringForward:
         self._head = model.get_output_embeddings()
         fuses = fused_head and self._head is not None and not _is_gathered_by_zero(self._head)
         self._scale = LogitScale.of(model.config) if fuses else None
+        self._can_choose = bool(logits_argument(model, 1))
         self._attention = attention
 
     def __call__(
@@ -101,9 +103,16 @@ class _ScoringForward:
         if self._attention is not None:
             self._attention.segments = segments
         if self._scale is None:
-            logits = self._forward(*args, **kwargs).logits.flatten(0, -2).index_select(0, predicting)
-            return -F.cross_entropy(logits.float(), targets, reduction="none")
+            return self._from_logits(predicting, targets, *args, **kwargs)
         return self._fused(self._scale, predicting, targets, *args, **kwargs)
+
+    def _from_logits(self, predicting: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Those of response positions alone, where the model can be asked for them in one row; else all."""
+        if self._can_choose and len(kwargs["input_ids"]) == 1:
+            logits = self._forward(*args, logits_to_keep=predicting, **kwargs).logits[0]
+        else:
+            logits = self._forward(*args, **kwargs).logits.flatten(0, -2).index_select(0, predicting)
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
 
     def _fused(self, scale: LogitScale, predicting: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         logprobs: list[Tensor] = []

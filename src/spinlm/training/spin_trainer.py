@@ -157,7 +157,9 @@ class SPINTrainer(PassTrainer[Pair]):
                 self.eval_dataset = drop_identical(self._scored(evaluation))[0]
 
     def _choose_method(self, pairs: Sequence[Pair]) -> Method:
-        return choose_method(self.model, group_pairs(pairs)[0], self._pad_id, self._compute_dtype())
+        groups = group_pairs(pairs)[0]
+        telling = [one for one in groups if len(one.responses) > 1] or groups
+        return choose_method(self.model, telling, self._pad_id, self._compute_dtype())
 
     def _scored(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The model as it stands is the opponent of those that bring no log-probs."""
@@ -199,6 +201,7 @@ class SPINTrainer(PassTrainer[Pair]):
         sampler = PromptSampler(
             self.train_dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed
         )
+        self.remove_callback(_SetEpoch)  # an earlier training's
         self.add_callback(_SetEpoch(sampler))
         return sampler
 

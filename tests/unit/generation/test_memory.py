@@ -11,7 +11,8 @@ from spinlm.hardware import total_memory
 
 
 def test_rows_share_half_of_what_is_left() -> None:
-    assert rows_that_fit(total=10_000, held=6_000, row_bytes=100, on_gpu=False) == 20
+    assert rows_that_fit(total=10_000, held=6_000, row_bytes=400, on_gpu=False) == 5
+    assert rows_that_fit(total=10_000, held=6_000, row_bytes=100, on_gpu=False) == 16, "20 are filled up to 24"
     assert rows_that_fit(total=10_000, held=6_000, row_bytes=3_000, on_gpu=False) == 1
     assert rows_that_fit(total=10_000, held=6_000, row_bytes=1, on_gpu=False) == MOST_ROWS
     assert rows_that_fit(total=10_000, held=6_000, row_bytes=1, on_gpu=True) == MOST_ROWS_ON_GPU

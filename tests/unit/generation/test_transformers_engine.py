@@ -15,10 +15,11 @@ import tiny
 from spinlm.config import GenerationSection, PromptSection
 from spinlm.data.pairs import Group
 from spinlm.data.render import Renderer
-from spinlm.generation import continuous
+from spinlm.errors import UserError
 from spinlm.generation.engine import Request, Response, Sampling, request_seed
 from spinlm.generation.slot_cache import SlotCache
 from spinlm.generation.transformers_engine import TransformersEngine
+from spinlm.players import layouts
 from spinlm.players.linear import rows_to_spare
 from spinlm.players.logprobs import Method, all_scores
 from unit.players.families import build_model
@@ -95,6 +96,26 @@ def test_logprob_is_the_models_own_untempered_one(family: str, sampling: Samplin
     groups = [Group(request.prompt_ids, [response.token_ids]) for request, response in answered]
     expected = [logprob for (logprob,) in all_scores(model, groups, Method("plain"), 512, pad_id=0)]
     assert [response.logprob for response in responses] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_idle_rows_change_nothing(family: str) -> None:
+    """13 rows are filled up to 16, and so are the fewer ones that are left at the end."""
+    model, requests = _eager_to_stop(family), _requests()
+    alone, together = (_generate(model, requests, FREE, batch_size) for batch_size in (1, 13))
+    assert [response.token_ids for response in together] == [response.token_ids for response in alone]
+    for ours, expected in zip(together, alone, strict=True):
+        assert ours.logprob == pytest.approx(expected.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [FREE, Sampling(8, top_p=0.9), GREEDY])
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_a_model_that_gives_no_numbers_is_refused(family: str, sampling: Sampling) -> None:
+    model = build_model(family)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        _generate(model, _requests(9), sampling)
 
 
 def test_the_seed_alone_decides_between_responses_to_one_prompt() -> None:
@@ -206,13 +227,13 @@ def _tokens_run(model: Any, run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "mamba"])
-@pytest.mark.parametrize("batch_size", [1, 5, None])
+@pytest.mark.parametrize("batch_size", [1, 5, 13, None])
 def test_what_all_prompts_begin_with_changes_nothing(
     family: str, batch_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, requests = _eager_to_stop(family), _with_prefix(_requests())
     shared = {sampling: _generate(model, requests, sampling, batch_size) for sampling in (GREEDY, FREE)}
-    monkeypatch.setattr(continuous, "SHORTEST_PREFIX", 10**9)
+    monkeypatch.setattr(layouts, "LEAST_IN_COMMON", 10**9)
     for sampling, responses in shared.items():
         for ours, plain in zip(responses, _generate(model, requests, sampling, batch_size), strict=True):
             assert ours.token_ids == plain.token_ids
@@ -229,21 +250,3 @@ def test_what_all_prompts_begin_with_is_run_once() -> None:
     assert _tokens_run(model, lambda: _generate(model, requests, once, 4)) == 10  # the prefix; then a token a prompt
     same = [Request(requests[0].prompt_ids, i) for i in range(12)]
     assert _tokens_run(model, lambda: _generate(model, same, once, 12)) == 11
-
-
-@pytest.mark.parametrize(
-    ("prompts", "prefix"),
-    [
-        ([(1, 2, 3, 4), (1, 2, 3, 5, 6)], (1, 2, 3)),
-        ([(1, 2, 3), (1, 2, 3, 4)], (1, 2)),  # each keeps a token of its own to be run
-        ([(1, 2, 3, 4)] * 2, ()),  # one prompt is run once as it is
-        ([(1, 2, 9), (1, 3, 9)], ()),  # too short
-        ([(1, 2, 3), (1, 2, 3, 4), (2, 2, 3)], ()),
-        ([(7,), (7, 8, 9)], ()),
-    ],
-)
-def test_the_common_prefix(
-    prompts: list[tuple[int, ...]], prefix: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(continuous, "SHORTEST_PREFIX", 2)
-    assert continuous.common_prefix(prompts) == prefix

@@ -87,6 +87,17 @@ def test_log_probs_and_gradients_are_the_definitions(trained: bool, scale: Logit
         torch.testing.assert_close(head_logprobs(linear, scale, hidden, targets), expected, atol=1e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_what_a_hook_makes_of_the_logits_counts(trained: bool) -> None:
+    linear, (hidden, targets) = _linear(8, 50, trained), _example(20)
+    linear.register_forward_hook(lambda module, inputs, logits: logits + torch.linspace(0, 3, 50))
+    expected = _whole(linear, LogitScale(), hidden, targets)
+    logprobs = head_logprobs(linear, LogitScale(), hidden, targets)
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-6)
+    ours, theirs = (torch.autograd.grad(found.sum(), hidden)[0] for found in (logprobs, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 32, 50])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_the_chunks_change_nothing(trained: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from spinlm.data.pairs import Group, Pair
-from spinlm.players.layouts import LAYOUTS, Layout, count_tokens, into_passes, lay_out, lay_out_pairs, tokens_per_pass
+from spinlm.players import layouts
+from spinlm.players.layouts import (
+    LAYOUTS,
+    Layout,
+    common_start,
+    count_tokens,
+    into_passes,
+    lay_out,
+    lay_out_pairs,
+    tokens_per_pass,
+)
 
 GROUPS = [Group([1, 2], [[3], [4, 5, 6]]), Group([7], [[8, 9]])]
 
@@ -74,6 +84,23 @@ def test_each_prompt_keeps_a_token_of_its_own_to_predict_from() -> None:
 def test_one_prompt_or_a_short_opening_is_laid_out_as_it_is(groups: list[Group]) -> None:
     segments = lay_out(groups, "shared", pad_id=99)["segments"]
     assert [before for _, before in segments] == [-1] * len(groups)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "tokens"),
+    [
+        ([(1, 2, 3, 4), (1, 2, 3, 5, 6)], 3),
+        ([(1, 2, 3), (1, 2, 3, 4)], 2),  # each keeps a token of its own
+        ([(1, 2, 3, 4)], 0),  # one prompt is run once as it is
+        ([(1, 2, 9), (1, 3, 9)], 0),  # too short
+        ([(1, 2, 3), (1, 2, 3, 4), (2, 2, 3)], 0),
+        ([(7,), (7, 8, 9)], 0),
+        ([], 0),
+    ],
+)
+def test_what_prompts_begin_with(prompts: list[tuple[int, ...]], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "LEAST_IN_COMMON", 2)
+    assert common_start(prompts) == tokens
 
 
 def test_packed_is_the_prompt_again_before_each_response() -> None:

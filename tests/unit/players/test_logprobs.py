@@ -281,6 +281,15 @@ def test_the_whole_vocabulary_is_never_there_for_more_than_a_chunk(kind: str, mo
     assert ours.largest == 24 * vocabulary
 
 
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_without_a_fused_head_only_response_positions_get_logits(layout: Layout) -> None:
+    model, groups = build_model("llama"), _groups()
+    seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: seen.append(logits.shape[-2]))
+    _ours(model, groups, Method(layout, fused_head=False))
+    assert seen == [sum(len(response) for one in groups for response in one.responses)]
+
+
 # --- which layout a model gets ---
 
 TELLING = _groups([(12, [30, 30]), (5, [6, 9]), (20, [40, 1])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import tiny
-from spinlm.data.pairs import Pair
+from spinlm.data.pairs import Group, Pair
 from spinlm.errors import UserError
 from spinlm.players.layouts import Layout
 from spinlm.players.logprobs import Method
+from spinlm.training import spin_trainer
 from spinlm.training.checkpoints import NonFiniteLoss, last_checkpoint, train_resumably
 from spinlm.training.spin_trainer import PromptSampler, SPINConfig, SPINTrainer, WrongOpponent
 from unit.players.families import build_model
@@ -214,6 +216,29 @@ def test_text_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_loss_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'squared' is none of logistic, hinge, exponential, correlation"):
         _config(tmp_path, loss="squared")
+
+
+def test_training_again_leaves_one_sampler_to_tell_the_epoch(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, _separable(), max_steps=1)
+    before = len(trainer.callback_handler.callbacks)
+    for _ in range(3):
+        trainer.train()
+    assert len(trainer.callback_handler.callbacks) == before + 1
+
+
+def test_the_method_is_chosen_on_prompts_with_two_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest pair's are equal, so it has no second branch that could go wrong."""
+    rows = [*_token_rows(4), {"prompt_ids": [1] * 30, "real_ids": [2] * 50, "synthetic_ids": [2] * 50}]
+    seen: list[Group] = []
+    right = spin_trainer.choose_method
+
+    def choose(model: Any, groups: Sequence[Group], *others: Any) -> Method:
+        seen.extend(groups)
+        return right(model, groups, *others)
+
+    monkeypatch.setattr(spin_trainer, "choose_method", choose)
+    _trainer(tmp_path, rows)
+    assert len(seen) == 4 and all(len(one.responses) == 2 for one in seen)
 
 
 # --- the start ---
