@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
-from spinlm.reporting.report import Report, Sample, model_card
+from spinlm.reporting.report import Report, Sample, model_card, verdict
+from spinlm.reporting.summary import is_iteration, summarise
 from spinlm.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
@@ -133,33 +134,27 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
     if not stages.processes.is_main_process:
         return
     run_dir = stages.run
-    iterations = [e for e in evaluations if e.player.name.startswith("iteration-")]
-    best = stages.best(iterations)
+    summary = summarise(run_dir)
+    iterations = [e for e in evaluations if is_iteration(e.player.name)]
     keys = {player.name: str(player.path.relative_to(run_dir.path)) for e in iterations if (player := e.player).path}
     latest = iterations[-1].player.name
     run_dir.point("latest", keys[latest])
-    run_dir.point("best", keys[best or latest])
-    report = _report(stages, evaluations, best)
+    run_dir.point("best", keys[summary.best or latest])
+    report = Report(summary, _samples(stages, evaluations))
     (run_dir.path / "report.md").write_text(report.markdown(), encoding="utf-8")
     if stages.data.held_out:
         stages.progress.console.print(report.table())
-    stages.progress.say(report.verdict())
+    stages.progress.say(verdict(summary))
     _say_samples(stages, report)
     stages.progress.say(f"report: {run_dir.path / 'report.md'}")
     stages.progress.say(f"next: spinlm export {run_dir.path} OUT --merge")
 
 
-def _report(stages: Stages, evaluations: list[Evaluation], best: str | None) -> Report:
-    from spinlm.evaluation.measures import HIGHER_IS_BETTER, chosen_measure
-
-    measures = {e.player.name: e.measures for e in evaluations} if stages.data.held_out else {}
-    select_by = chosen_measure(stages.recipe.evaluation.select_by, evaluations[0].measures)
-    samples = [
+def _samples(stages: Stages, evaluations: list[Evaluation]) -> list[Sample]:
+    return [
         Sample(example.prompt, example.real, {e.player.name: e.sampled[place][0].text for e in evaluations})
         for place, example in enumerate(stages.data.held_out[:SAMPLES_SHOWN])
     ]
-    name = Path(stages.recipe.run_dir).name
-    return Report(name, measures, select_by, best, samples, HIGHER_IS_BETTER[select_by])
 
 
 def _say_samples(stages: Stages, report: Report) -> None:

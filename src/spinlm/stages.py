@@ -23,7 +23,12 @@ from spinlm.data.pairs import Group, Pair, drop_identical
 from spinlm.data.prepare import Split, TokenizedExample, prepare
 from spinlm.data.render import Renderer
 from spinlm.errors import UserError
-from spinlm.evaluation.measures import HeldOutAnswer, chosen_measure, measure, select_best
+from spinlm.evaluation.measures import (
+    HeldOutExample,
+    SampledAnswer,
+    measure,
+    repetition,
+)
 from spinlm.evaluation.verifiers import correct
 from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
@@ -96,6 +101,7 @@ class Evaluation:
     sampled: Answers
     greedy: Answers | None
     scores: Scores
+    examples: list[HeldOutExample]
     measures: dict[str, dict[str, Any]]
 
 
@@ -335,26 +341,31 @@ class Stages:
         sampled, greedy = self.answer(player)
         others = {} if opponent is None else {"opponent": opponent.sampled}
         scores = self._scores(f"{folder}/logprobs", f"{title} (log-probs)", player, held_out, {"own": sampled} | others)
-        margins = None if opponent is None else _margins(held_out, opponent, scores, beta)
+        start_scores = None
+        if opponent is not None:
+            start, own = self.starting_player(), {"own": sampled}
+            start_scores = self._scores(f"{folder}/start_logprobs", f"{title} (drift)", start, held_out, own)
         inputs = {
             "answers": [answers.hash for answers in (sampled, greedy) if answers is not None],
-            "scores": [scores.hash, None if opponent is None else opponent.scores.hash],
+            "scores": [
+                scores.hash,
+                None if opponent is None else opponent.scores.hash,
+                None if start_scores is None else start_scores.hash,
+            ],
             "beta": beta,
         }
-        artifact = self.run.artifact(f"{folder}/measures.json", "evaluate", inputs)
-        if self.processes.is_main_process and self._needs_making(artifact):
-            measured = measure(_held_out_answers(held_out, sampled, greedy, scores), margins)
-            with artifact.staging() as place:
-                write_json(place, {name: asdict(value) for name, value in measured.items()})
+        rows = self.run.artifact(f"{folder}/examples.jsonl", "evaluate", inputs)
+        measures = self.run.artifact(f"{folder}/measures.json", "evaluate", inputs)
+        if self.processes.is_main_process and (self._needs_making(rows) or self._needs_making(measures)):
+            margins = None if opponent is None else _margins(held_out, opponent, scores, beta)
+            examples = _held_out_examples(held_out, sampled, greedy, scores, start_scores, margins)
+            with rows.staging() as place:
+                write_jsonl(place, [asdict(example) for example in examples])
+            with measures.staging() as place:
+                write_json(place, {name: asdict(value) for name, value in measure(examples).items()})
         self.processes.wait_for_everyone()
-        return Evaluation(player, sampled, greedy, scores, read_json(artifact.path))
-
-    def best(self, evaluations: Sequence[Evaluation]) -> str | None:
-        """The name of the best player by the recipe's measure; None where nothing was held out."""
-        if not self.data.held_out:
-            return None
-        measures = {evaluation.player.name: evaluation.measures for evaluation in evaluations}
-        return select_best(measures, chosen_measure(self.recipe.evaluation.select_by, evaluations[0].measures))
+        examples = [HeldOutExample.of(row) for row in read_jsonl(rows.path)]
+        return Evaluation(player, sampled, greedy, scores, examples, read_json(measures.path))
 
     # --- what the stages share ---
 
@@ -740,20 +751,37 @@ def _margins(
     return margins
 
 
-def _held_out_answers(
-    examples: Sequence[TokenizedExample], sampled: Answers, greedy: Answers | None, scores: Scores
-) -> list[HeldOutAnswer]:
-    answers = []
+def _held_out_examples(
+    examples: Sequence[TokenizedExample],
+    sampled: Answers,
+    greedy: Answers | None,
+    scores: Scores,
+    start_scores: Scores | None,
+    margins: Sequence[list[float]] | None,
+) -> list[HeldOutExample]:
+    rows = []
     for place, example in enumerate(examples):
         verifier = example.verifier
-        answers.append(
-            HeldOutAnswer(
+        own = scores.others["own"][place]
+        start = [None] * len(own) if start_scores is None else start_scores.others["own"][place]
+        rows.append(
+            HeldOutExample(
+                id=example.id,
                 real_logprob=scores.real[place],
                 real_tokens=len(example.real_ids),
-                sampled=[r.token_ids for r in sampled[place]],
-                sampled_truncated=[r.finish_reason == "length" for r in sampled[place]],
-                sampled_correct=None if verifier is None else [correct(r.text, verifier) for r in sampled[place]],
+                sampled=[
+                    SampledAnswer(
+                        tokens=len(response.token_ids),
+                        truncated=response.finish_reason == "length",
+                        repetition=repetition(response.token_ids),
+                        logprob=logprob,
+                        start_logprob=start_logprob,
+                        correct=None if verifier is None else correct(response.text, verifier),
+                    )
+                    for response, logprob, start_logprob in zip(sampled[place], own, start, strict=True)
+                ],
                 greedy_correct=None if verifier is None or greedy is None else correct(greedy[place][0].text, verifier),
+                margins=[] if margins is None else margins[place],
             )
         )
-    return answers
+    return rows

@@ -24,7 +24,8 @@ def _artifacts() -> dict[str, list[str]]:
         for kind in ("synthetic", "opponent_logprobs"):
             artifacts |= {key: [key] for shard in SHARDS for key in [f"iterations/{t}/{kind}/{shard}"]}
     for player in PLAYERS:
-        names = ["sampled/00000.jsonl", "greedy/00000.jsonl", "logprobs/00000.jsonl", "measures.json"]
+        names = ["sampled/00000.jsonl", "greedy/00000.jsonl", "logprobs/00000.jsonl", "examples.jsonl", "measures.json"]
+        names += ["start_logprobs/00000.jsonl"] if player.startswith("iteration-") else []
         artifacts |= {key: [key] for name in names for key in [f"evaluation/{player}/{name}"]}
     return artifacts
 

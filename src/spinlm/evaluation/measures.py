@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,57 +31,126 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class HeldOutAnswer:
-    """What a player makes of one held-out example.
+class SampledAnswer:
+    """A player's sampled response to a held-out prompt.
 
     Attributes:
+        tokens: Its length.
+        truncated: Whether it was cut at the cap.
+        repetition: See `repetition`.
+        logprob: The player's own log-prob of it.
+        start_logprob: The starting player's, for an iteration's main player.
+        correct: Whether the verifier accepts it; None without a verifier.
+    """
+
+    tokens: int
+    truncated: bool
+    repetition: float
+    logprob: float
+    start_logprob: float | None = None
+    correct: bool | None = None
+
+
+@dataclass(frozen=True)
+class HeldOutExample:
+    """What a player makes of one held-out example: a row of its `examples.jsonl`.
+
+    Attributes:
+        id: The example's.
         real_logprob: Its log-prob of the real response.
         real_tokens: The real response's length.
-        sampled: The token ids of its sampled responses.
-        sampled_truncated: Which of them were cut at the cap.
-        sampled_correct: Which of them the verifier accepts; None without a verifier.
-        greedy_correct: Whether it accepts the greedy one; None without a verifier or a greedy response.
+        sampled: Its sampled responses.
+        greedy_correct: Whether the verifier accepts the greedy one; None without a verifier or a greedy response.
+        margins: For a main player: of the real response against each fresh response of its opponent that differs.
     """
 
+    id: str
     real_logprob: float
     real_tokens: int
-    sampled: list[list[int]]
-    sampled_truncated: list[bool]
-    sampled_correct: list[bool] | None = None
+    sampled: list[SampledAnswer]
     greedy_correct: bool | None = None
+    margins: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> HeldOutExample:
+        return cls(**{**row, "sampled": [SampledAnswer(**answer) for answer in row["sampled"]]})
 
 
-def measure(answers: Sequence[HeldOutAnswer], margins: Sequence[Sequence[float]] | None = None) -> dict[str, Measured]:
-    """All measures of one player.
+Part = tuple[float, float] | None
+"""What an example adds to the sums above and below a measure's fraction line; None: it doesn't count."""
+
+
+def _over_sampled(value: Callable[[SampledAnswer], float | bool | None]) -> Callable[[HeldOutExample], Part]:
+    """The mean over an example's sampled responses."""
+
+    def part(example: HeldOutExample) -> Part:
+        values = [found for answer in example.sampled if (found := value(answer)) is not None]
+        return (_mean(values), 1.0) if values else None
+
+    return part
+
+
+def _drift(example: HeldOutExample) -> Part:
+    """The log-ratio of the responses that the player drew itself: its expectation is the divergence."""
+    ratios = [a.logprob - a.start_logprob for a in example.sampled if a.start_logprob is not None]
+    return (sum(ratios), float(sum(a.tokens for a in example.sampled))) if ratios else None
+
+
+PARTS: Mapping[str, Callable[[HeldOutExample], Part]] = {
+    "real_nll": lambda e: (-e.real_logprob, float(e.real_tokens)),
+    "truncation_rate": _over_sampled(lambda answer: answer.truncated),
+    "repetition_rate": _over_sampled(lambda answer: answer.repetition),
+    "length_sampled": _over_sampled(lambda answer: answer.tokens),
+    "length_real": lambda e: (float(e.real_tokens), 1.0),
+    "accuracy_sampled": _over_sampled(lambda answer: answer.correct),
+    "accuracy_greedy": lambda e: None if e.greedy_correct is None else (float(e.greedy_correct), 1.0),
+    "discriminability": lambda e: (_mean([margin > 0 for margin in e.margins]), 1.0) if e.margins else None,
+    "margin": lambda e: (_mean(e.margins), 1.0) if e.margins else None,
+    "drift": _drift,
+}
+"""Every measure as a fraction whose two sums run over the held-out examples."""
+
+SHARES = frozenset({"truncation_rate", "accuracy_sampled", "accuracy_greedy", "discriminability"})
+"""Those that are shares of yes and no."""
+
+
+def measure(examples: Sequence[HeldOutExample]) -> dict[str, Measured]:
+    """All measures of one player; those that no example counts for are left out."""
+    measured = {}
+    for name, part in PARTS.items():
+        parts = [found for example in examples if (found := part(example)) is not None]
+        if parts:
+            tops, bottoms = zip(*parts, strict=True)
+            measured[name] = share(tops) if name in SHARES else ratio(tops, bottoms)
+    return measured
+
+
+def difference(mine: Sequence[HeldOutExample], theirs: Sequence[HeldOutExample], name: str) -> Measured:
+    """A player's measure minus another's, on the prompts that count for both.
+
+    Both are drawn together in the bootstrap: what makes a prompt hard or easy for both is not noise here.
 
     Args:
-        answers: One for each held-out example.
-        margins: For a main player: for each example, the margins of the real response against each fresh
-            response of its opponent that differs from it.
-
-    Returns:
-        Nothing at all where nothing was held out.
+        mine: The player's examples.
+        theirs: The other's, of the same prompts in the same order.
+        name: One of PARTS.
     """
-    if not answers:
-        return {}
-    measured = {
-        "real_nll": ratio([-a.real_logprob for a in answers], [a.real_tokens for a in answers]),
-        "truncation_rate": share([_mean(a.sampled_truncated) for a in answers]),
-        "repetition_rate": mean([_mean([repetition(ids) for ids in a.sampled]) for a in answers]),
-        "length_sampled": mean([_mean([len(ids) for ids in a.sampled]) for a in answers]),
-        "length_real": mean([float(a.real_tokens) for a in answers]),
-    }
-    sampled = [_mean(a.sampled_correct) for a in answers if a.sampled_correct is not None]
-    greedy = [float(a.greedy_correct) for a in answers if a.greedy_correct is not None]
-    if sampled:
-        measured["accuracy_sampled"] = share(sampled)
-    if greedy:
-        measured["accuracy_greedy"] = share(greedy)
-    told_apart = [of_example for of_example in margins or [] if of_example]
-    if told_apart:
-        measured["discriminability"] = share([_mean([m > 0 for m in of_example]) for of_example in told_apart])
-        measured["margin"] = mean([_mean(of_example) for of_example in told_apart])
-    return measured
+    part = PARTS[name]
+    both = [(a, b) for a, b in zip(map(part, mine), map(part, theirs), strict=True) if a is not None and b is not None]
+    if not both:
+        return Measured(math.nan, math.nan, math.nan, 0)
+    sums = np.asarray(both, dtype=float)  # [prompts, player, numerator and denominator]
+
+    def differences(total: np.ndarray) -> np.ndarray:
+        return np.asarray(total[..., 0, 0] / total[..., 0, 1] - total[..., 1, 0] / total[..., 1, 1])
+
+    low, high = np.percentile(differences(sums[_draws(len(sums))].sum(axis=1)), (2.5, 97.5))
+    return Measured(float(differences(sums.sum(axis=0))), float(low), float(high), len(sums))
+
+
+def is_better(change: Measured, name: str) -> bool:
+    """Whether a difference is an improvement beyond noise: its whole interval is on the good side of 0."""
+    return change.low > 0 if HIGHER_IS_BETTER[name] else change.high < 0
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:
@@ -108,9 +177,14 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Measure
     top, bottom = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     if not len(top):
         return Measured(math.nan, math.nan, math.nan, 0)
-    drawn = np.random.default_rng(0).integers(0, len(top), size=(BOOTSTRAP_SAMPLES, len(top)))
+    drawn = _draws(len(top))
     low, high = np.percentile(top[drawn].sum(axis=1) / bottom[drawn].sum(axis=1), (2.5, 97.5))
     return Measured(float(top.sum() / bottom.sum()), float(low), float(high), len(top))
+
+
+def _draws(prompts: int) -> np.ndarray:
+    """The bootstrap's resamples of prompts, by their places; the same each time."""
+    return np.random.default_rng(0).integers(0, prompts, size=(BOOTSTRAP_SAMPLES, prompts))
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -139,5 +213,5 @@ def select_best(candidates: Mapping[str, Mapping[str, Any]], measure_name: str) 
     return max(candidates, key=lambda name: sign * candidates[name][measure_name]["value"])
 
 
-def _mean(values: Sequence[float] | Sequence[bool]) -> float:
+def _mean(values: Sequence[float | bool]) -> float:
     return sum(values) / len(values) if values else 0.0

@@ -11,6 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from spinlm.reporting.summary import Summary, Values, is_iteration
+
 COLUMNS = {
     "accuracy_sampled": "accuracy, sampled",
     "accuracy_greedy": "accuracy, greedy",
@@ -19,6 +21,7 @@ COLUMNS = {
     "repetition_rate": "repeated 4-grams",
     "length_sampled": "response tokens",
     "discriminability": "reward accuracy",
+    "drift": "drift, nats a token",
 }
 """The measures shown, in order, and their headings."""
 
@@ -37,38 +40,41 @@ class Report:
     """What there is to say about a run.
 
     Attributes:
-        title: The run's name.
-        measures: Of each player, by name, in order: measure to value, low, high, prompts.
-        select_by: The measure that chose.
-        best: The best iteration's player; None where nothing was held out.
+        summary: Its measures.
         samples: A few held-out prompts.
-        higher_is_better: Whether more of `select_by` is better.
     """
 
-    title: str
-    measures: Mapping[str, Mapping[str, Mapping[str, float]]]
-    select_by: str
-    best: str | None
+    summary: Summary
     samples: Sequence[Sample]
-    higher_is_better: bool = True
 
     def table(self) -> Table:
         """For the terminal: a column for each player, the best in bold; five of them fit 80 characters."""
-        table = Table(title=f"{escape(self.title)}: held-out measures, with 95 % intervals", box=SIMPLE_HEAD, padding=0)
+        title, measures = escape(self.summary.title), self.summary.measures
+        table = Table(title=f"{title}: held-out measures, with 95 % intervals", box=SIMPLE_HEAD, padding=0)
         table.add_column("", no_wrap=True)
-        for player in self.measures:
-            style = "bold" if player == self.best else ""
+        for player in measures:
+            style = "bold" if player == self.summary.best else ""
             table.add_column(player, justify="right", no_wrap=True, style=style, header_style=style)
         for name in self._shown():
-            table.add_row(COLUMNS[name], *(_on_two_lines(self.measures[player].get(name)) for player in self.measures))
+            table.add_row(COLUMNS[name], *(_on_two_lines(of_player.get(name)) for of_player in measures.values()))
         return table
 
     def markdown(self) -> str:
         """`report.md`."""
         shown = self._shown()
-        lines = [f"# {self.title}", "", self.verdict(), "", "## Held-out measures, with 95 % intervals", ""]
+        lines = [
+            f"# {self.summary.title}",
+            "",
+            verdict(self.summary),
+            "",
+            "## Held-out measures, with 95 % intervals",
+            "",
+        ]
         lines += [_row(["player", *(COLUMNS[name] for name in shown)]), _row(["---"] * (len(shown) + 1))]
-        lines += [_row([player, *(self._cell(player, name) for name in shown)]) for player in self.measures]
+        lines += [
+            _row([player, *(_cell(of_player.get(name)) for name in shown)])
+            for player, of_player in self.summary.measures.items()
+        ]
         for number, sample in enumerate(self.samples, start=1):
             lines += ["", f"## Held-out prompt {number}", "", *_quoted("prompt", sample.prompt)]
             lines += _quoted("real response", sample.real)
@@ -76,45 +82,49 @@ class Report:
                 lines += _quoted(player, response)
         return "\n".join(lines) + "\n"
 
-    def verdict(self) -> str:
-        """Which iteration, by which measure, and whether it is beyond noise."""
-        if self.best is None:
-            return "Nothing was held out, so nothing was measured: the latest iteration is also called the best."
-        best = self.measures[self.best][self.select_by]
-        lines = [f"Best iteration: {self.best}, by {self.select_by}: {_with_interval(best)}."]
-        iterations = [name for name in self.measures if name.startswith("iteration-")]
-        for other in self.measures:
-            if other not in iterations:
-                lines.append(self._compared_with(other, best))
-        return "\n".join(lines)
-
-    def _compared_with(self, other: str, best: Mapping[str, float]) -> str:
-        theirs = self.measures[other][self.select_by]
-        sign = 1 if self.higher_is_better else -1
-        ahead = sign * (best["value"] - theirs["value"])
-        apart = best["low"] > theirs["high"] or best["high"] < theirs["low"]
-        word = "better than" if ahead > 0 else "worse than" if ahead < 0 else "equal to"
-        noise = "the intervals are apart" if apart else "the intervals overlap, so this may be noise"
-        return f"It is {word} {other} ({_with_interval(theirs)}): {noise}." if ahead else f"It is equal to {other}."
-
     def _shown(self) -> list[str]:
-        return [name for name in COLUMNS if any(name in measures for measures in self.measures.values())]
-
-    def _cell(self, player: str, name: str) -> str:
-        measured = self.measures[player].get(name)
-        return _with_interval(measured) if measured else "–"
+        return [name for name in COLUMNS if any(name in of_player for of_player in self.summary.measures.values())]
 
 
-def _on_two_lines(measured: Mapping[str, float] | None) -> str:
+def verdict(summary: Summary) -> str:
+    """Which iteration, by which measure, and whether it is beyond noise."""
+    if summary.best is None:
+        return "Nothing was held out, so nothing was measured: the latest iteration is also called the best."
+    best = summary.measures[summary.best][summary.select_by]
+    lines = [f"Best iteration: {summary.best}, by {summary.select_by}: {with_interval(best)}."]
+    lines += [_compared_with(other, summary) for other in summary.measures if not is_iteration(other)]
+    return "\n".join(lines)
+
+
+def _compared_with(other: str, summary: Summary) -> str:
+    """The difference's own interval decides: the players answer the same prompts."""
+    change = summary.differences[other]
+    if change["value"] == 0:
+        return f"It is equal to {other}."
+    word = "better" if (change["value"] > 0) is summary.higher_is_better else "worse"
+    beyond = change["low"] > 0 or change["high"] < 0
+    noise = "beyond noise" if beyond else "this may be noise"
+    theirs = with_interval(summary.measures[other][summary.select_by])
+    return f"It is {word} than {other} ({theirs}) by {with_interval(change, signed=True)}: {noise}."
+
+
+def _cell(measured: Values | None) -> str:
+    return with_interval(measured) if measured else "–"
+
+
+def _on_two_lines(measured: Values | None) -> str:
     if measured is None:
         return "–"
     low, high = (f"{end:.2f}" if abs(end) < 1 else f"{end:.2g}" for end in (measured["low"], measured["high"]))
     return f"{measured['value']:.3g}\n{low}–{high}"
 
 
-def _with_interval(measured: Mapping[str, float]) -> str:
-    digits = 1 if measured["value"] >= 10 else 2 if measured["value"] >= 1 else 3
-    return f"{measured['value']:.{digits}f} [{measured['low']:.{digits}f}, {measured['high']:.{digits}f}]"
+def with_interval(measured: Values, signed: bool = False) -> str:
+    """`0.500 [0.300, 0.700]`; a difference shows its sign."""
+    size = abs(measured["value"])
+    digits = 1 if size >= 10 else 2 if size >= 1 else 3
+    value, low, high = (f"{measured[name]:{'+' if signed else ''}.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -139,7 +149,7 @@ def model_card(name: str, report: Mapping[str, Any], base: str, merged: bool) ->
         merged: Whether the adapter is merged into the base.
     """
     training, kind = report["recipe"]["training"], "merged model" if merged else "adapter"
-    rows = [_row([COLUMNS[key], _with_interval(value)]) for key, value in report["measures"].items() if key in COLUMNS]
+    rows = [_row([COLUMNS[key], with_interval(value)]) for key, value in report["measures"].items() if key in COLUMNS]
     front = ["---", f"base_model: {json.dumps(base)}", "library_name: " + ("transformers" if merged else "peft")]
     return "\n".join(
         [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,8 +13,12 @@ import pytest
 from spinlm.config import EvaluationSection
 from spinlm.evaluation.measures import (
     HIGHER_IS_BETTER,
-    HeldOutAnswer,
+    HeldOutExample,
+    Measured,
+    SampledAnswer,
     chosen_measure,
+    difference,
+    is_better,
     mean,
     measure,
     ratio,
@@ -89,29 +95,39 @@ def test_nothing_to_average_is_not_a_number() -> None:
     assert math.isnan(measured.value) and math.isnan(measured.low) and math.isnan(measured.high)
 
 
-def _answers() -> list[HeldOutAnswer]:
+def _examples(*margins: list[float]) -> list[HeldOutExample]:
     return [
-        HeldOutAnswer(
+        HeldOutExample(
+            id="0",
             real_logprob=-6.0,
             real_tokens=2,
-            sampled=[[1, 1, 1, 1, 1], [1, 2, 3]],
-            sampled_truncated=[True, False],
-            sampled_correct=[True, False],
+            sampled=[
+                SampledAnswer(5, truncated=True, repetition=0.5, logprob=-10.0, start_logprob=-12.0, correct=True),
+                SampledAnswer(3, truncated=False, repetition=0.0, logprob=-6.0, start_logprob=-5.0, correct=False),
+            ],
             greedy_correct=True,
+            margins=margins[0] if margins else [],
         ),
-        HeldOutAnswer(
+        HeldOutExample(
+            id="1",
             real_logprob=-4.0,
             real_tokens=8,
-            sampled=[[5], [1, 2, 3, 4, 5, 6, 7]],
-            sampled_truncated=[False, False],
-            sampled_correct=[True, True],
+            sampled=[
+                SampledAnswer(1, truncated=False, repetition=0.0, logprob=-1.0, start_logprob=-2.0, correct=True),
+                SampledAnswer(7, truncated=False, repetition=0.0, logprob=-7.0, start_logprob=-9.0, correct=True),
+            ],
             greedy_correct=False,
+            margins=margins[1] if margins else [],
         ),
     ]
 
 
+PLAIN = [HeldOutExample("0", -1.0, 1, [SampledAnswer(1, False, 0.0, -1.0)])]
+"""Without a verifier, and of a player without an opponent."""
+
+
 def test_measures_of_two_prompts_by_hand() -> None:
-    values = {name: measured.value for name, measured in measure(_answers()).items()}
+    values = {name: measured.value for name, measured in measure(_examples()).items()}
     assert values == pytest.approx(
         {
             "real_nll": 1.0,  # (6 + 4) nats over (2 + 8) tokens
@@ -121,26 +137,76 @@ def test_measures_of_two_prompts_by_hand() -> None:
             "length_real": 5.0,
             "accuracy_sampled": 0.75,
             "accuracy_greedy": 0.5,
+            "drift": 0.25,  # (2 - 1 + 1 + 2) nats over (5 + 3 + 1 + 7) tokens
         }
     )
-    assert all(measured.prompts == 2 for measured in measure(_answers()).values())
+    assert all(measured.prompts == 2 for measured in measure(_examples()).values())
 
 
 def test_margins_of_a_main_player_by_hand() -> None:
-    measured = measure(_answers(), margins=[[1.0, -3.0], [0.5, 0.0]])
+    measured = measure(_examples([1.0, -3.0], [0.5, 0.0]))
     assert measured["discriminability"].value == 0.5  # a margin of 0 tells nothing apart
     assert measured["margin"].value == pytest.approx((-1.0 + 0.25) / 2)
 
 
 def test_examples_without_margins_do_not_count() -> None:
-    measured = measure(_answers(), margins=[[], [2.0, 4.0]])
+    measured = measure(_examples([], [2.0, 4.0]))
     assert (measured["discriminability"].value, measured["discriminability"].prompts) == (1.0, 1)
     assert (measured["margin"].value, measured["margin"].prompts) == (3.0, 1)
 
 
-@pytest.mark.parametrize("margins", [None, [], [[], []]])
-def test_no_margins_no_discriminability(margins: list[list[float]] | None) -> None:
-    assert {"discriminability", "margin"}.isdisjoint(measure(_answers(), margins))
+def test_no_margins_no_discriminability() -> None:
+    assert {"discriminability", "margin"}.isdisjoint(measure(_examples([], [])))
+
+
+def test_an_example_comes_back_from_its_row() -> None:
+    for example in _examples([1.0], []):
+        assert HeldOutExample.of(json.loads(json.dumps(asdict(example)))) == example
+
+
+class TestDifference:
+    def test_the_same_prompts_are_drawn_for_both(self) -> None:
+        """Each prompt is 0.5 nats a token better than before, however hard it is: no noise at all."""
+        before = [_of_nll(nll) for nll in (1.0, 4.0, 9.0)]
+        after = [_of_nll(nll - 0.5) for nll in (1.0, 4.0, 9.0)]
+        assert difference(after, before, "real_nll") == Measured(-0.5, -0.5, -0.5, 3)
+        assert measure(after)["real_nll"].high > measure(before)["real_nll"].low, "their own intervals overlap"
+
+    def test_two_prompts_by_hand(self) -> None:
+        """+2 on one prompt and -1 on the other: of four resamples one has only the one, one only the other."""
+        change = difference([_of_nll(3.0), _of_nll(2.0)], [_of_nll(1.0), _of_nll(3.0)], "real_nll")
+        assert change == Measured(0.5, -1.0, 2.0, 2)
+
+    def test_is_of_the_measures_themselves(self) -> None:
+        mine, theirs = _examples([1.0, -3.0], [0.5, 0.0]), _examples([1.0, 3.0], [0.5, 0.5])
+        for name in measure(mine):
+            expected = measure(mine)[name].value - measure(theirs)[name].value
+            assert difference(mine, theirs, name).value == pytest.approx(expected)
+
+    def test_only_prompts_that_count_for_both(self) -> None:
+        change = difference(_examples([4.0], [2.0]), _examples([1.0], []), "margin")
+        assert (change.value, change.prompts) == (3.0, 1)
+        assert difference(_examples(), _examples(), "margin").prompts == 0
+
+    @pytest.mark.parametrize(
+        ("name", "low", "high", "better"),
+        [
+            ("accuracy_sampled", 0.01, 0.2, True),
+            ("accuracy_sampled", 0.0, 0.2, False),
+            ("accuracy_sampled", -0.2, -0.01, False),
+            ("real_nll", -0.2, -0.01, True),
+            ("real_nll", -0.2, 0.0, False),
+            ("real_nll", 0.01, 0.2, False),
+        ],
+    )
+    def test_beyond_noise_is_an_interval_on_the_good_side(
+        self, name: str, low: float, high: float, better: bool
+    ) -> None:
+        assert is_better(Measured((low + high) / 2, low, high, 10), name) is better
+
+
+def _of_nll(nll: float) -> HeldOutExample:
+    return HeldOutExample("0", -nll, 1, [])
 
 
 def test_a_mean_of_ones_and_zeros_that_are_no_yes_and_no_has_the_bootstraps_interval() -> None:
@@ -148,8 +214,7 @@ def test_a_mean_of_ones_and_zeros_that_are_no_yes_and_no_has_the_bootstraps_inte
 
 
 def test_no_verifier_no_accuracy_and_nothing_held_out_no_measures() -> None:
-    plain = [HeldOutAnswer(-1.0, 1, [[1]], [False])]
-    assert {"accuracy_sampled", "accuracy_greedy", "discriminability", "margin"}.isdisjoint(measure(plain))
+    assert {"accuracy_sampled", "accuracy_greedy", "discriminability", "margin", "drift"}.isdisjoint(measure(PLAIN))
     assert measure([]) == {}
 
 
@@ -175,10 +240,10 @@ def test_of_equals_the_first_is_best(measure_name: str) -> None:
 def test_every_measure_that_a_recipe_may_select_by_has_a_direction_and_is_measured() -> None:
     for name in HIGHER_IS_BETTER:
         assert EvaluationSection(select_by=name).select_by == name  # type: ignore[arg-type]
-        assert name in measure(_answers())
+        assert name in measure(_examples())
 
 
 def test_auto_is_sampled_accuracy_where_there_is_a_verifier() -> None:
-    assert chosen_measure("auto", measure(_answers())) == "accuracy_sampled"
-    assert chosen_measure("auto", measure([HeldOutAnswer(-1.0, 1, [[1]], [False])])) == "real_nll"
-    assert chosen_measure("repetition_rate", measure(_answers())) == "repetition_rate"
+    assert chosen_measure("auto", measure(_examples())) == "accuracy_sampled"
+    assert chosen_measure("auto", measure(PLAIN)) == "real_nll"
+    assert chosen_measure("repetition_rate", measure(_examples())) == "repetition_rate"

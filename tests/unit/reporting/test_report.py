@@ -7,7 +7,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from spinlm.reporting.report import Report, Sample, model_card
+from spinlm.reporting.report import Report, Sample, model_card, verdict
+from spinlm.reporting.summary import Summary
 
 
 def measured(value: float, low: float, high: float) -> dict[str, float]:
@@ -25,17 +26,21 @@ MEASURES = {
 }
 
 
-def report(**changes: Any) -> Report:
-    return Report(
+def summary(**changes: Any) -> Summary:
+    return Summary(
         **{
             "title": "demo",
             "measures": MEASURES,
             "select_by": "accuracy_sampled",
             "best": "iteration-0",
-            "samples": [],
+            "differences": {"base": measured(0.4, 0.25, 0.55), "iteration-1": measured(0.0996, -0.1, 0.3)},
             **changes,
         }
     )
+
+
+def report(*samples: Sample, **changes: Any) -> Report:
+    return Report(summary(**changes), samples)
 
 
 def shown(thing: Any) -> str:
@@ -46,12 +51,12 @@ def shown(thing: Any) -> str:
 
 class TestMarkdown:
     def test_the_whole_page(self) -> None:
-        page = report(samples=[Sample("2+2?", "4", {"base": "5\n6", "iteration-0": "4"})]).markdown()
+        page = report(Sample("2+2?", "4", {"base": "5\n6", "iteration-0": "4"})).markdown()
         assert page == (
             "# demo\n"
             "\n"
             "Best iteration: iteration-0, by accuracy_sampled: 0.500 [0.300, 0.700].\n"
-            "It is better than base (0.100 [0.062, 0.200]): the intervals are apart.\n"
+            "It is better than base (0.100 [0.062, 0.200]) by +0.400 [+0.250, +0.550]: beyond noise.\n"
             "\n"
             "## Held-out measures, with 95 % intervals\n"
             "\n"
@@ -80,7 +85,7 @@ class TestMarkdown:
         ],
     )
     def test_texts_are_shown_as_they_are(self, text: str, fence: str) -> None:
-        page = report(samples=[Sample(text, text, {"base": text})]).markdown()
+        page = report(Sample(text, text, {"base": text})).markdown()
         assert page.count(f"\n{fence}\n{text}\n{fence}\n") == 3
         assert fence not in text
 
@@ -91,42 +96,34 @@ class TestMarkdown:
 
 class TestVerdict:
     @pytest.mark.parametrize(
-        ("base", "higher_is_better", "words"),
+        ("change", "select_by", "words"),
         [
-            (measured(0.1, 0.05, 0.2), True, "better than base (0.100 [0.050, 0.200]): the intervals are apart."),
-            (measured(0.9, 0.8, 1.0), True, "worse than base (0.900 [0.800, 1.000]): the intervals are apart."),
-            (measured(0.9, 0.8, 1.0), False, "better than base (0.900 [0.800, 1.000]): the intervals are apart."),
-            (measured(0.1, 0.05, 0.2), False, "worse than base (0.100 [0.050, 0.200]): the intervals are apart."),
-            (
-                measured(0.4, 0.2, 0.6),
-                True,
-                "better than base (0.400 [0.200, 0.600]): the intervals overlap, so this may be noise.",
-            ),
-            (
-                measured(0.2, 0.1, 0.3),
-                True,
-                "better than base (0.200 [0.100, 0.300]): the intervals overlap, so this may be noise.",
-            ),
-            (measured(0.5, 0.1, 0.2), True, "equal to base."),
+            (measured(0.4, 0.25, 0.55), "accuracy_sampled", "better by +0.400 [+0.250, +0.550]: beyond noise."),
+            (measured(-0.4, -0.55, -0.25), "accuracy_sampled", "worse by -0.400 [-0.550, -0.250]: beyond noise."),
+            (measured(0.1, -0.05, 0.25), "accuracy_sampled", "better by +0.100 [-0.050, +0.250]: this may be noise."),
+            (measured(-1.25, -2.0, -0.5), "real_nll", "better by -1.25 [-2.00, -0.50]: beyond noise."),
+            (measured(0.5, 0.0, 1.0), "real_nll", "worse by +0.500 [+0.000, +1.000]: this may be noise."),
         ],
     )
-    def test_the_best_against_where_it_started(
-        self, base: dict[str, float], higher_is_better: bool, words: str
-    ) -> None:
-        measures = MEASURES | {"base": {"accuracy_sampled": base}}
-        assert report(measures=measures, higher_is_better=higher_is_better).verdict().splitlines() == [
-            "Best iteration: iteration-0, by accuracy_sampled: 0.500 [0.300, 0.700].",
-            f"It is {words}",
-        ]
+    def test_the_best_against_where_it_started(self, change: dict[str, float], select_by: str, words: str) -> None:
+        lines = verdict(summary(select_by=select_by, differences={"base": change})).splitlines()
+        assert lines[0].startswith(f"Best iteration: iteration-0, by {select_by}: ")
+        theirs = {"accuracy_sampled": "0.100 [0.062, 0.200]", "real_nll": "2.50 [2.00, 3.00]"}[select_by]
+        assert lines[1:] == [f"It is {words.replace(' by', f' than base ({theirs}) by')}"]
+
+    def test_no_difference(self) -> None:
+        text = verdict(summary(differences={"base": measured(0.0, -0.1, 0.2)}))
+        assert text.splitlines()[1:] == ["It is equal to base."]
 
     def test_every_other_player_but_the_iterations(self) -> None:
         measures = {**MEASURES, "sft": MEASURES["base"], "control": MEASURES["iteration-1"]}
-        lines = report(measures=measures, select_by="real_nll", higher_is_better=False).verdict().splitlines()
-        assert lines == [
+        differences = dict.fromkeys(["base", "sft", "iteration-1", "control"], measured(-1.25, -2.0, -0.5))
+        text = verdict(summary(measures=measures, select_by="real_nll", differences=differences))
+        assert text.splitlines() == [
             "Best iteration: iteration-0, by real_nll: 1.25 [1.00, 1.50].",
-            "It is better than base (2.50 [2.00, 3.00]): the intervals are apart.",
-            "It is better than sft (2.50 [2.00, 3.00]): the intervals are apart.",
-            "It is better than control (12.3 [10.0, 15.0]): the intervals are apart.",
+            "It is better than base (2.50 [2.00, 3.00]) by -1.25 [-2.00, -0.50]: beyond noise.",
+            "It is better than sft (2.50 [2.00, 3.00]) by -1.25 [-2.00, -0.50]: beyond noise.",
+            "It is better than control (12.3 [10.0, 15.0]) by -1.25 [-2.00, -0.50]: beyond noise.",
         ]
 
 
