@@ -21,7 +21,8 @@ from spinlm.rundir import RunDir, read_json, write_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from spinlm.stages import Evaluation, Stages
+    from spinlm.results import Evaluation
+    from spinlm.stages import Stages
 
 SAMPLES_SHOWN = 3
 _RECORDED = ("spinlm", "torch", "transformers", "peft", "accelerate", "datasets")

@@ -283,17 +283,30 @@ class TrainingSection(TrainerSection):
 
     Attributes:
         beta: The paper's lambda.
-        loss: Logistic is the paper's; all four are covered by its theory.
+        loss: Logistic is the paper's; the first four are covered by its theory, the other two are SPACE's and T-SPIN's.
         replay: Add the pairs of this many previous iterations (the paper: 1).
         learning_rate: Peak. Default: 5e-5 with an adapter, 5e-7 (the paper's) without.
         num_train_epochs: Passes over the pairs.
+        nll_weight: Add the real response's negative log-likelihood a token, times this.
+        length_normalised: Take log-probs per token.
+        noise_ratio: The noise_contrastive loss's mu.
+        history_weight: The triplet loss's weight of the historical advantage.
+        mixture: Measure the main player against a geometric mixture of this and past opponents: weights, this
+            iteration's opponent first, or `uniform` over all of them.
+        regenerate_every: Let the main player answer anew for every so many steps.
     """
 
     beta: Schedule = 0.1
-    loss: Literal["logistic", "hinge", "exponential", "correlation"] = "logistic"
+    loss: Literal["logistic", "hinge", "exponential", "correlation", "noise_contrastive", "triplet"] = "logistic"
     replay: int = Field(1, ge=0)
     learning_rate: Schedule | None = None
     num_train_epochs: Schedule = 1.0
+    nll_weight: float = Field(0.0, ge=0)
+    length_normalised: bool = False
+    noise_ratio: float = Field(1.0, gt=0)
+    history_weight: float = Field(1.0, ge=0)
+    mixture: list[float] | Literal["uniform"] | None = None
+    regenerate_every: int | None = Field(None, ge=1)
 
     @field_validator("beta", "learning_rate", "num_train_epochs")
     @classmethod
@@ -303,8 +316,29 @@ class TrainingSection(TrainerSection):
                 raise ValueError("must be above 0")
         return value
 
+    @field_validator("mixture")
+    @classmethod
+    def _weights(cls, value: list[float] | str | None) -> list[float] | str | None:
+        if isinstance(value, list) and (not value or min(value) < 0 or value[0] == 0):
+            raise ValueError("give weights of at least 0, the first (this iteration's opponent's) above 0")
+        return value
 
-SPIN_KEYS = frozenset({"beta", "loss", "replay"})
+    @model_validator(mode="after")
+    def _read_by_the_loss(self) -> TrainingSection:
+        for key, loss in (("noise_ratio", "noise_contrastive"), ("history_weight", "triplet")):
+            if key in self.model_fields_set and getattr(self, key) != 1.0 and self.loss != loss:
+                raise ValueError(f"{key} is read with loss: {loss} only")
+        if self.loss == "triplet" and self.mixture is not None:
+            raise ValueError("mixture: the triplet loss has no opponent's log-probs that could be mixed")
+        return self
+
+    def objective(self) -> dict[str, Any]:
+        """What decides the loss of a pair, `beta` aside."""
+        return {key: getattr(self, key) for key in OBJECTIVE_KEYS}
+
+
+OBJECTIVE_KEYS = ("loss", "nll_weight", "length_normalised", "noise_ratio", "history_weight")
+SPIN_KEYS = frozenset({"beta", "replay", "mixture", "regenerate_every", *OBJECTIVE_KEYS})
 """The keys of `training` that are ours and not the Trainer's."""
 
 Measure = Literal["accuracy_sampled", "accuracy_greedy", "real_nll", "truncation_rate", "repetition_rate"]
@@ -328,6 +362,23 @@ class EvaluationSection(Section):
     control: bool = False
 
 
+class StopSection(Section):
+    """When the loop ends before its last iteration.
+
+    Attributes:
+        patience: After so many iterations in a row that didn't better the measure of `evaluation.select_by` beyond
+            noise, against the last player that did.
+        min_discriminability: When a main player tells its opponent from people on a smaller share of held-out pairs.
+    """
+
+    patience: int | None = Field(None, ge=1)
+    min_discriminability: float | None = Field(None, gt=0, lt=1)
+
+    @property
+    def is_asked_for(self) -> bool:
+        return self.patience is not None or self.min_discriminability is not None
+
+
 class Recipe(Section):
     """Everything a run is told.
 
@@ -338,6 +389,8 @@ class Recipe(Section):
         tokens_per_pass: Tokens that go through the model together, in training and in scoring; by default 2,048, on
             a CPU 384 and 1,024.
         layout: How they are laid out; `auto` is the fastest that the model computes rightly.
+        keep: Which of an iteration's checkpoints is its main player: the last, or the one that is best by the measure
+            of `evaluation.select_by`.
     """
 
     run_dir: str
@@ -345,6 +398,7 @@ class Recipe(Section):
     seed: int = 0
     tokens_per_pass: int | None = Field(None, ge=1)
     layout: Literal["auto", "shared", "packed", "plain"] = "auto"
+    keep: Literal["last", "best"] = "last"
     model: ModelSection
     data: DataSection
     adapter: AdapterSection | None = AdapterSection()
@@ -353,6 +407,7 @@ class Recipe(Section):
     generation: GenerationSection = GenerationSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    stop: StopSection = StopSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -379,6 +434,21 @@ class Recipe(Section):
         if not self.evaluation.greedy and self.evaluation.select_by == "accuracy_greedy":
             raise ValueError("evaluation.select_by is accuracy_greedy, but evaluation.greedy is off")
         return self
+
+    @model_validator(mode="after")
+    def _choosing_is_possible(self) -> Recipe:
+        needs_held_out = "keep: best" if self.keep == "best" else "stop" if self.stop.is_asked_for else None
+        if needs_held_out and not self.data.held_out:
+            raise ValueError(f"{needs_held_out} measures on held-out examples: set data.held_out above 0")
+        sharded = {"deepspeed", "fsdp"} & (self.training.model_extra or {}).keys()
+        for key, is_on in (("keep: best", self.keep == "best"), ("training.regenerate_every", self._regenerates)):
+            if is_on and sharded:
+                raise ValueError(f"{key} needs a whole model in each process: leave training.{sharded.pop()} out")
+        return self
+
+    @property
+    def _regenerates(self) -> bool:
+        return self.training.regenerate_every is not None
 
     def differences(self, other: Recipe) -> list[str]:
         """The keys whose values differ, `run_dir` aside, as `key: mine -> theirs`."""

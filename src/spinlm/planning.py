@@ -22,7 +22,7 @@ from spinlm.players.layouts import count_tokens, into_passes, tokens_per_pass
 from spinlm.players.linear import rows_to_spare
 from spinlm.players.models import Players, context_length
 from spinlm.sketch import Extent, Sketch, Work, extent_of
-from spinlm.stages import check_context, prepare_data
+from spinlm.workshop import check_context, prepare_data
 
 SHARES = {"cpu": {"train": 0.5, "score": 0.6, "decode": 0.4}, "gpu": {"train": 0.4, "score": 0.4, "decode": 0.4}}
 """Of the peak, what passes are assumed to attain; on a CPU, about what docs/performance.md has measured."""

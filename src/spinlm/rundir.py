@@ -56,7 +56,7 @@ class Artifact:
     @property
     def hash(self) -> str:
         """SHA-256 over its files' hashes; it must be committed."""
-        return str(self.run.record(self.key)["hash"])
+        return self.run.hash(self.key)
 
     def is_committed(self) -> bool:
         """Whether it is there, whole, and made from these inputs; else it has to be made.
@@ -247,9 +247,18 @@ class RunDir:
             raise CorruptArtifact(f"{path}: not what was committed. {self._remedy(stage)}")
         return record
 
+    def hash(self, key: str) -> str:
+        """A committed artifact's hash."""
+        return str(self.record(key)["hash"])
+
+    def keys(self, beginning: str = "") -> list[str]:
+        """The keys of all commits, in order, or of those that begin so."""
+        keys = [path.stem.replace("--", "/") for path in self._record_paths()]
+        return [key for key in keys if key.startswith(beginning)]
+
     def records(self) -> list[dict[str, Any]]:
         """All commits, by key."""
-        return [self.record(path.stem.replace("--", "/")) for path in self._record_paths()]
+        return [self.record(key) for key in self.keys()]
 
     def _record_paths(self) -> list[Path]:
         """Those that are written to their end: one that is being written begins with a dot."""
@@ -257,9 +266,9 @@ class RunDir:
 
     def recorded_input(self, name: str) -> Any:
         """What some artifact was made from, by the first record that names it; None where none does."""
-        for path in self._record_paths():
+        for key in self.keys():
             with suppress(CorruptArtifact):
-                inputs = self.record(path.stem.replace("--", "/"))["inputs"]
+                inputs = self.record(key)["inputs"]
                 if name in inputs:
                     return inputs[name]
         return None
@@ -292,8 +301,7 @@ class RunDir:
     def repair(self) -> list[str]:
         """Forget every artifact that isn't what was committed, so that the run makes it anew."""
         broken = []
-        for path in self._record_paths():
-            key = path.stem.replace("--", "/")
+        for key in self.keys():
             try:
                 self.verify(key)
             except CorruptArtifact:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from spinlm.config import at
 from spinlm.players.models import Player
-from spinlm.stages import Answers, Evaluation, ScoredPairs, Stages
+from spinlm.results import Answers, Evaluation, ScoredPairs
+from spinlm.stages import Stages
 
 
 def play(stages: Stages) -> list[Evaluation]:
@@ -23,16 +24,18 @@ def play(stages: Stages) -> list[Evaluation]:
     synthetic: dict[int, Answers] = {0: stages.generate(0, opponent)}
     evaluations = evaluate_starting_players(stages)
     for iteration in range(stages.recipe.iterations):
+        synthetic[iteration] = stages.generate(iteration, opponent)
         pairs = score(stages, iteration, opponent, synthetic)
         if iteration > 0 and not pairs.pairs:
-            stages.progress.say(
-                f"iteration {iteration}: the opponent plays like the data; there is nothing left to learn"
-            )
+            stages.stop(iteration, "the opponent plays like the data; there is nothing left to learn")
             break
         main_player = stages.train(iteration, opponent, pairs)
-        if iteration + 1 < stages.recipe.iterations:
+        if iteration + 1 < stages.recipe.iterations and not stages.recipe.stop.is_asked_for:
             synthetic[iteration + 1] = stages.generate(iteration + 1, main_player)
         evaluations.append(evaluate(stages, iteration, main_player, evaluations[-1]))
+        if reason := stages.reason_to_stop(evaluations):
+            stages.stop(iteration + 1, reason)
+            break
         opponent = main_player
     if stages.recipe.evaluation.control:
         evaluations.append(stages.evaluate(stages.control(start)))
@@ -41,7 +44,8 @@ def play(stages: Stages) -> list[Evaluation]:
 
 def score(stages: Stages, iteration: int, opponent: Player, synthetic: Mapping[int, Answers]) -> ScoredPairs:
     """This iteration's pairs and the replayed ones, all scored by today's opponent."""
-    return stages.score(iteration, opponent, {t: synthetic[t] for t in replayed(stages, iteration)})
+    initial = synthetic[0] if stages.recipe.training.loss == "triplet" else None
+    return stages.score(iteration, opponent, {t: synthetic[t] for t in replayed(stages, iteration)}, initial)
 
 
 def replayed(stages: Stages, iteration: int) -> range:
@@ -64,7 +68,10 @@ def evaluate_starting_players(stages: Stages) -> list[Evaluation]:
 
 def train_alone(stages: Stages, iteration: int) -> Player:
     """One iteration's training on responses that are there already, for `spinlm train`."""
-    synthetic = {t: stages.generate(t, stages.opponent_of(t)) for t in replayed(stages, iteration)}
+    read = (
+        {0, *replayed(stages, iteration)} if stages.recipe.training.loss == "triplet" else replayed(stages, iteration)
+    )
+    synthetic = {t: stages.generate(t, stages.opponent_of(t)) for t in read}
     opponent = stages.opponent_of(iteration)
     return stages.train(iteration, opponent, score(stages, iteration, opponent, synthetic))
 

@@ -2,187 +2,60 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
-from itertools import chain, cycle, islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from transformers.integrations import get_reporting_integration_callbacks
-
-from spinlm.config import Recipe, SFTSection, TrainingSection, at
-from spinlm.data.examples import Dropped
-from spinlm.data.formats import load_examples
-from spinlm.data.pairs import Group, Pair, drop_identical
-from spinlm.data.prepare import Split, TokenizedExample, prepare
-from spinlm.data.render import Renderer
+from spinlm.config import SFTSection, at
+from spinlm.data.pairs import Pair, drop_identical
 from spinlm.errors import UserError
 from spinlm.evaluation.measures import (
     HeldOutExample,
-    SampledAnswer,
+    chosen_measure,
     measure,
-    repetition,
+    select_best,
 )
-from spinlm.evaluation.verifiers import correct
-from spinlm.generation.choice import EngineName, choose
-from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
+from spinlm.evaluation.stopping import reason_to_stop
+from spinlm.generation.engine import Request, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
-from spinlm.generation.vllm_engine import VLLMEngine
-from spinlm.players.layouts import LAYOUTS, count_tokens, tokens_per_pass
-from spinlm.players.logprobs import Method, choose_method, score_groups
-from spinlm.players.models import Player, Players, check_vocabulary, context_length
-from spinlm.reporting.progress import Progress
+from spinlm.players.logprobs import Method
+from spinlm.players.models import Player
+from spinlm.results import (
+    Answers,
+    Evaluation,
+    ScoredPairs,
+    Scores,
+    held_out_examples,
+    held_out_margins,
+    mixed,
+    mixture_weights,
+    regenerated,
+)
 from spinlm.rundir import (
     Artifact,
     Inputs,
-    RunDir,
-    canonical,
     digest,
-    file_hashes,
     read_json,
     read_jsonl,
     write_json,
     write_jsonl,
 )
-from spinlm.training.checkpoints import Arguments, train_resumably
+from spinlm.training.checkpoints import Arguments
+from spinlm.training.regeneration import RegeneratingTrainer
 from spinlm.training.sft import SFTTrainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
+from spinlm.workshop import Workshop
 
-COMMANDS = {"data": "generate", "sft": "generate", "score": "train", "control": "run"}
-"""The command that runs a stage, where it isn't called after it."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """For each example, a player's responses to its prompt; named by the hash of the shards they are kept in."""
-
-    responses: list[list[Response]]
-    hash: str
-
-    def __getitem__(self, place: int) -> list[Response]:
-        return self.responses[place]
-
-    def __len__(self) -> int:
-        return len(self.responses)
+STOPPED = "stopped.json"
+"""Why the loop ended before its last iteration, and after how many."""
 
 
-@dataclass(frozen=True)
-class ScoredPairs:
-    """An iteration's pairs that differ, how many don't, and a name for them all."""
-
-    pairs: list[Pair]
-    identical: int
-    hash: str
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A player's log-probs: of each example's real response, and by source of its other responses.
-
-    A synthetic response equal to the real one has its log-prob.
-    """
-
-    real: list[float]
-    others: dict[str, list[list[float]]]
-    hash: str
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A player on the held-out part."""
-
-    player: Player
-    sampled: Answers
-    greedy: Answers | None
-    scores: Scores
-    examples: list[HeldOutExample]
-    measures: dict[str, dict[str, Any]]
-
-
-class Stages:
+class Stages(Workshop):
     """The stages of one run, over one recipe, run directory and set of players."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDir,
-        progress: Progress,
-        only: Collection[str] | None = None,
-        repair: bool = False,
-    ) -> None:
-        """Nothing is loaded yet.
-
-        Args:
-            recipe: What to do.
-            run: Where.
-            progress: What to show.
-            only: The stages that may make something; what the others make must be there. None: all.
-            repair: Make anew what was made from inputs that have changed since.
-        """
-        self._only = only
-        self._repair = repair
-        self.recipe = recipe
-        self.run = run
-        self.progress = progress
-        self.processes = PartialState()
-        self._precision = recipe.training.precision
-        self.players = Players(recipe.model, recipe.adapter, self._precision)
-        self._chosen_method: Method | None = None
-        self._weights_kind = "adapter" if recipe.adapter is not None else "model"
-        self._vllm: VLLMEngine | None = None
-        self._check_trainer_settings()
-        self._engine_name = self._choose_engine()
-
-    def close(self) -> None:
-        """Give back the memory of an engine that holds a model of its own."""
-        if self._vllm is not None:
-            self._vllm.close()
-        self._vllm = None
-
-    # --- data ---
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        return Renderer(self.players.tokenizer, self.recipe.prompt, self.players.stop_ids())
-
-    @cached_property
-    def data(self) -> Split:
-        """The dataset, tokenised and split; read from the run directory once it is there."""
-        source = Path(self.recipe.data.source).expanduser()
-        files = file_hashes(source) if source.exists() else None
-        artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
-        check_context(self.recipe, context_length(self.players.config))
-        if self.processes.is_main_process and self._needs_making(artifact):
-            split = prepare_data(self.recipe, self.players, self.renderer)
-            with self._timed("data"), artifact.staging() as place:
-                place.mkdir()
-                for part in ("train", "held_out", "dropped"):
-                    write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
-        self.processes.wait_for_everyone()
-        split = Split(
-            train=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "train.jsonl")],
-            held_out=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "held_out.jsonl")],
-            dropped=[Dropped(**row) for row in read_jsonl(artifact.path / "dropped.jsonl")],
-        )
-        _check_measure(self.recipe, split)  # again: a forked run measures the same data by another recipe
-        self._say_data(split)
-        self._data_hash = artifact.hash
-        return split
-
-    @property
-    def played(self) -> list[TokenizedExample]:
-        """The training examples whose prompts the opponents answer."""
-        return self.data.train[: self.recipe.generation.max_prompts]
-
-    def _say_data(self, split: Split) -> None:
-        dropped = "".join(f"; dropped {count}: {reason}" for reason, count in split.drop_counts().items())
-        self.progress.say(f"data: {len(split.train)} examples to train on, {len(split.held_out)} held out{dropped}")
 
     # --- players ---
 
@@ -199,7 +72,7 @@ class Stages:
         """Who an iteration starts from: the committed main player of the one before."""
         if iteration == 0:
             return self.starting_player()
-        key = f"iterations/{iteration - 1}/{self._weights_kind}"
+        key = self._weights_key(f"iterations/{iteration - 1}")
         if not self.is_trained(iteration - 1):
             raise UserError(f"iteration {iteration - 1} isn't trained yet: run spinlm train first")
         self.run.verify(key)
@@ -213,11 +86,11 @@ class Stages:
 
     def is_trained(self, iteration: int) -> bool:
         """Whether an iteration's main player is committed."""
-        return self.run.has_record(f"iterations/{iteration}/{self._weights_kind}")
+        return self.run.has_record(self._weights_key(f"iterations/{iteration}"))
 
     def has_control(self) -> bool:
         """Whether the control is committed."""
-        return self.run.has_record(f"control/{self._weights_kind}")
+        return self.run.has_record(self._weights_key("control"))
 
     def control(self, start: Player) -> Player:
         """The starting model, trained on by SFT for as many steps as self-play took."""
@@ -254,25 +127,48 @@ class Stages:
         folder = f"iterations/{iteration}/synthetic"
         return self._answers(folder, f"iteration {iteration}: generate", opponent, self.played, sampling, k)
 
-    def score(self, iteration: int, opponent: Player, synthetic: Mapping[int, Answers]) -> ScoredPairs:
-        """The opponent's log-probs of the real responses and of this and the replayed iterations' synthetic ones."""
-        folder = f"iterations/{iteration}/opponent_logprobs"
+    def score(
+        self, iteration: int, opponent: Player, synthetic: Mapping[int, Answers], initial: Answers | None = None
+    ) -> ScoredPairs:
+        """The opponent's log-probs of the real responses and of this and the replayed iterations' synthetic ones.
+
+        Args:
+            iteration: Which one.
+            opponent: Its opponent.
+            synthetic: The responses by the iteration they come from.
+            initial: The starting player's, for the triplet loss.
+        """
         others = {str(source): synthetic[source] for source in sorted(synthetic, reverse=True)}
-        scores = self._scores(folder, f"iteration {iteration}: score", opponent, self.played, others)
+        folder, title = f"iterations/{iteration}/opponent_logprobs", f"iteration {iteration}: score"
+        scores = self._scores(folder, title, opponent, self.played, others)
+        reference = self._reference(iteration, scores, others)
         pairs = [
             Pair(
                 prompt_ids=example.prompt_ids,
                 real_ids=example.real_ids,
                 synthetic_ids=response.token_ids,
                 opponent_real_logprob=scores.real[place],
-                opponent_synthetic_logprob=logprob,
+                opponent_synthetic_logprob=scores.others[source][place][number],
                 synthetic_truncated=response.finish_reason == "length",
+                reference_real_logprob=reference.real[place],
+                reference_synthetic_logprob=reference.others[source][place][number],
+                initial_ids=None if initial is None else initial[place][number].token_ids,
             )
             for source, answers in others.items()
             for place, example in enumerate(self.played)
-            for response, logprob in zip(answers[place], scores.others[source][place], strict=True)
+            for number, response in enumerate(answers[place])
         ]
-        return ScoredPairs(*drop_identical(pairs), digest([scores.hash, [a.hash for a in others.values()]]))
+        read = [*others.values(), *([] if initial is None else [initial])]
+        return ScoredPairs(*drop_identical(pairs), digest([reference.hash, [answers.hash for answers in read]]))
+
+    def _reference(self, iteration: int, scores: Scores, others: Mapping[str, Answers]) -> Scores:
+        """What log-probs are measured against: the opponent's, or the recipe's mixture of this and past opponents'."""
+        weights = mixture_weights(self.recipe.training.mixture, iteration)
+        parts = {iteration: scores}
+        for past in [past for past in weights if past != iteration]:
+            folder, title = f"iterations/{iteration}/mixture/{past}", f"iteration {iteration}: score (opponent {past})"
+            parts[past] = self._scores(folder, title, self.opponent_of(past), self.played, others)
+        return mixed([parts[past] for past in weights], list(weights.values()))
 
     def train(self, iteration: int, opponent: Player, scored: ScoredPairs) -> Player:
         """The main player, from the opponent's weights."""
@@ -299,17 +195,90 @@ class Stages:
                 folder,
                 directory,
                 beta=beta,
-                loss=section.loss,
                 learning_rate=learning_rate,
                 num_train_epochs=epochs,
                 tokens_per_pass=self.recipe.tokens_per_pass,
+                **section.objective(),
             )
-            trainer = SPINTrainer(model, args, scored.pairs, pad_id=self.renderer.pad_id, method=method)
+            trainer = self._spin_trainer(folder, inputs, model, args, scored.pairs, self.renderer.pad_id, method)
             trainer.dropped_identical = scored.identical
             return trainer
 
-        return self._train(
-            folder, f"iteration-{iteration}", f"iteration {iteration}: train", opponent, inputs, make_trainer
+        name, title = f"iteration-{iteration}", f"iteration {iteration}: train"
+        if self.recipe.keep == "last":
+            return self._train(folder, name, title, opponent, inputs, make_trainer)
+        inputs |= {"keep": "best", "measure": self.chosen_measure, "held_out": self._data_hash}
+        weights = self.run.artifact(self._weights_key(folder), "train", inputs)
+        if self._needs_making(weights):
+            last = self._train(folder, name, title, opponent, inputs, make_trainer, f"{folder}/candidates")
+            self._commit_best(folder, title, last, weights)
+        self._forget(f"{folder}/candidates/", f"{folder}/choosing/")
+        return Player(name, weights.path, weights.hash)
+
+    def _commit_best(self, folder: str, title: str, last: Player, weights: Artifact) -> None:
+        """Of the weights at each checkpoint and at the end, those that are best on the held-out part."""
+        keys = [key for key in self.run.keys(f"{folder}/candidates/") if not key.endswith("/last")]
+        players = {Path(key).name: Player(key, self.run.path / key, self.run.hash(key)) for key in keys} | {
+            "last": last
+        }
+        measures = {
+            step: self._measure_candidate(f"{folder}/choosing/{step}", f"{title} (checkpoint {step})", player)
+            for step, player in players.items()
+        }
+        best = select_best(measures, self.chosen_measure)
+        values = {step: of_step[self.chosen_measure] for step, of_step in measures.items()}
+        self.progress.say(f"{title}: kept checkpoint {best} by {self.chosen_measure}")
+        if self.processes.is_main_process:
+            kept = self.run.artifact(f"{folder}/kept.json", "train", weights.inputs)
+            with kept.staging() as place:
+                write_json(place, {"checkpoint": best, "measure": self.chosen_measure, "values": values})
+            with weights.staging() as place:
+                shutil.copytree(self.run.path / f"{folder}/candidates/{best}", place)
+        self.processes.wait_for_everyone()
+
+    def _measure_candidate(self, folder: str, title: str, player: Player) -> dict[str, dict[str, Any]]:
+        """What it takes to know the measure that chooses, and no more."""
+        held_out, name = self.data.held_out, self.chosen_measure
+        sampled = Answers([[] for _ in held_out], "")
+        if name not in ("real_nll", "accuracy_greedy"):
+            sampled = self._sampled(folder, title, player)
+        greedy = self._greedy(folder, title, player) if name == "accuracy_greedy" else None
+        scores = self._scores(f"{folder}/logprobs", title, player, held_out, {"own": sampled})
+        measured = measure(held_out_examples(held_out, sampled, greedy, scores))
+        return {name: asdict(value) for name, value in measured.items()}
+
+    def _forget(self, *beginnings: str) -> None:
+        """What has served."""
+        if self.processes.is_main_process:
+            for beginning in beginnings:
+                for key in self.run.keys(beginning):
+                    self.run.forget(key)
+                shutil.rmtree(self.run.path / beginning, ignore_errors=True)
+
+    def _spin_trainer(
+        self, folder: str, inputs: Inputs, model: Any, args: SPINConfig, pairs: list[Pair], pad_id: int, method: Method
+    ) -> SPINTrainer:
+        every = self.recipe.training.regenerate_every
+        if every is None:
+            return SPINTrainer(model, args, pairs, pad_id=pad_id, method=method)
+        sampling = Sampling.of(self.recipe.generation)
+
+        def answer(model: Any, number: int, pairs: Sequence[Pair]) -> list[Pair]:
+            seed, engine = self.recipe.seed, TransformersEngine(model, self.renderer, self.recipe.generation.batch_size)
+            requests = [Request(p.prompt_ids, request_seed(seed, folder, number, i)) for i, p in enumerate(pairs)]
+            responses = engine.generate(requests, sampling)
+            return [regenerated(pair, response) for pair, response in zip(pairs, responses, strict=True)]
+
+        def keep(number: int, make: Callable[[], list[Pair]]) -> list[Pair]:
+            artifact = self.run.artifact(f"{folder}/rounds/{number:05d}.jsonl", "train", {**inputs, "round": number})
+            if self._needs_making(artifact):
+                rows = [asdict(pair) for pair in make()]
+                with artifact.staging() as place:
+                    write_jsonl(place, rows)
+            return [Pair(**row) for row in read_jsonl(artifact.path)]
+
+        return RegeneratingTrainer(
+            model, args, pairs, pad_id=pad_id, method=method, every=every, answer=answer, keep=keep
         )
 
     def _steps_taken(self, iteration: int) -> int:
@@ -318,22 +287,25 @@ class Stages:
 
     # --- evaluation ---
 
+    @property
+    def chosen_measure(self) -> str:
+        """The measure that chooses the best, of checkpoints and of iterations."""
+        has_verifier = any(example.verifier is not None for example in self.data.held_out)
+        return chosen_measure(self.recipe.evaluation.select_by, ["accuracy_sampled"] if has_verifier else [])
+
     def answer(self, player: Player) -> tuple[Answers, Answers | None]:
         """A player's responses on the held-out part: sampled, and greedy where the recipe wants them."""
-        folder, title, held_out = f"evaluation/{player.name}", f"{player.name}: evaluate", self.data.held_out
-        section, generation = self.recipe.evaluation, self.recipe.generation
-        sampled = self._answers(
-            f"{folder}/sampled",
-            f"{title} (sampled)",
-            player,
-            held_out,
-            Sampling.of(generation),
-            section.samples_per_prompt,
-        )
-        if not section.greedy:
-            return sampled, None
-        sampling = Sampling.of(generation, greedy=True)
-        return sampled, self._answers(f"{folder}/greedy", f"{title} (greedy)", player, held_out, sampling, 1)
+        folder, title = f"evaluation/{player.name}", f"{player.name}: evaluate"
+        sampled = self._sampled(folder, title, player)
+        return sampled, self._greedy(folder, title, player) if self.recipe.evaluation.greedy else None
+
+    def _sampled(self, folder: str, title: str, player: Player) -> Answers:
+        sampling, k = Sampling.of(self.recipe.generation), self.recipe.evaluation.samples_per_prompt
+        return self._answers(f"{folder}/sampled", f"{title} (sampled)", player, self.data.held_out, sampling, k)
+
+    def _greedy(self, folder: str, title: str, player: Player) -> Answers:
+        sampling = Sampling.of(self.recipe.generation, greedy=True)
+        return self._answers(f"{folder}/greedy", f"{title} (greedy)", player, self.data.held_out, sampling, 1)
 
     def evaluate(self, player: Player, opponent: Evaluation | None = None, beta: float = 1.0) -> Evaluation:
         """Measure a player on the held-out part; a main player also against its opponent's fresh responses."""
@@ -357,8 +329,8 @@ class Stages:
         rows = self.run.artifact(f"{folder}/examples.jsonl", "evaluate", inputs)
         measures = self.run.artifact(f"{folder}/measures.json", "evaluate", inputs)
         if self.processes.is_main_process and (self._needs_making(rows) or self._needs_making(measures)):
-            margins = None if opponent is None else _margins(held_out, opponent, scores, beta)
-            examples = _held_out_examples(held_out, sampled, greedy, scores, start_scores, margins)
+            margins = None if opponent is None else held_out_margins(held_out, opponent, scores, beta)
+            examples = held_out_examples(held_out, sampled, greedy, scores, start_scores, margins)
             with rows.staging() as place:
                 write_jsonl(place, [asdict(example) for example in examples])
             with measures.staging() as place:
@@ -367,421 +339,15 @@ class Stages:
         examples = [HeldOutExample.of(row) for row in read_jsonl(rows.path)]
         return Evaluation(player, sampled, greedy, scores, examples, read_json(measures.path))
 
-    # --- what the stages share ---
+    def reason_to_stop(self, evaluations: Sequence[Evaluation]) -> str | None:
+        """Why there should be no further iteration after the one that was evaluated last, if so."""
+        start = 0 if self.recipe.sft is None else 1
+        return reason_to_stop(self.recipe.stop, [e.examples for e in evaluations[start:]], self.chosen_measure)
 
-    def _answers(
-        self, folder: str, title: str, player: Player, examples: Sequence[TokenizedExample], sampling: Sampling, k: int
-    ) -> Answers:
-        """A player's k responses to each example's prompt, shard by shard."""
-        inputs = self._inputs(
-            "seed",
-            sampling=asdict(sampling),
-            k=k,
-            player=player.hash,
-            data=self._data_hash,
-            precision=self._precision,
-            engine=self._engine_name,
-        )
-
-        def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
-            asked = [examples[place] for place in shard]
-            requests = [
-                Request(e.prompt_ids, request_seed(self.recipe.seed, folder, e.id, i)) for e in asked for i in range(k)
-            ]
-            with self.players.autocast():
-                responses = iter(self._engine(player).generate(requests, sampling, on_progress))
-            return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in asked]
-
-        rows, name = self._shards(folder, title, len(examples), k, inputs, make)
-        return Answers([[Response(**response) for response in row["responses"]] for row in rows], name)
-
-    def _choose_engine(self) -> EngineName:
-        """Refused now, not when much is done already; but where nothing is generated, nothing is refused."""
-        used: EngineName | None = self.run.recorded_input("engine")
-        if self._only is not None and not {"generate", "evaluate"} & set(self._only):
-            return used or "transformers"
-        kind, processes = self.players.device.type, self.processes.num_processes
-        return choose(self.recipe, kind, processes, lambda: self.players.config, used, self.progress.say)
-
-    def _engine(self, player: Player) -> Engine:
-        """The player, ready to answer. One model is in memory: vLLM's, or that of the players."""
-        if self._engine_name == "transformers":
-            return TransformersEngine(self.players.opponent(player), self.renderer, self.recipe.generation.batch_size)
-        if self._vllm is None:
-            self.players.forget()
-            self._vllm = VLLMEngine(
-                self.recipe,
-                str(self.players.compute_dtype).removeprefix("torch."),
-                self.players.device.type,
-                self.renderer,
-            )
-        self._vllm.seat(player)
-        return self._vllm
-
-    def _scores(
-        self,
-        folder: str,
-        title: str,
-        player: Player,
-        examples: Sequence[TokenizedExample],
-        others: Mapping[str, Answers],
-    ) -> Scores:
-        """A player's log-probs, by the forward pass of training, shard by shard."""
-        inputs = self._inputs(
-            player=player.hash,
-            data=self._data_hash,
-            others={source: answers.hash for source, answers in others.items()},
-            precision=self._precision,
-        )
-        each = 1 + sum(len(answers[0]) for answers in others.values() if answers)
-
-        def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
-            rows = []
-            for place in shard:
-                ids = {source: [r.token_ids for r in answers[place]] for source, answers in others.items()}
-                rows.append((examples[place], ids))
-            return self._score_shard(player, rows, on_progress)
-
-        rows, name = self._shards(folder, title, len(examples), each, inputs, make)
-        return Scores(
-            real=[row["real"] for row in rows],
-            others={source: [row["others"][source] for row in rows] for source in others},
-            hash=name,
-        )
-
-    def _score_shard(
-        self,
-        player: Player,
-        rows: Sequence[tuple[TokenizedExample, dict[str, list[list[int]]]]],
-        on_progress: OnProgress,
-    ) -> list[dict[str, Any]]:
-        """Each different response of an example once."""
-        different = [
-            list(dict.fromkeys(map(tuple, [example.real_ids, *chain.from_iterable(others.values())])))
-            for example, others in rows
-        ]
-        groups = [Group(example.prompt_ids, ids) for (example, _), ids in zip(rows, different, strict=True)]
-        logprobs: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
-        self.close()
-        method, model = self.settle_method(player), self.players.opponent(player)
-        tokens_per_pass = self._tokens_per_pass(training=False)
-        with self.players.autocast():
-            for places, values in score_groups(model, groups, method, tokens_per_pass, self.renderer.pad_id):
-                for place, scored in zip(places, values, strict=True):
-                    logprobs[place] = dict(zip(different[place], scored, strict=True))
-                tokens = count_tokens([groups[place] for place in places], method.layout)
-                on_progress(tokens, sum(map(len, values)))
-        return [
-            {
-                "id": example.id,
-                "real": known[tuple(example.real_ids)],
-                "others": {source: [known[tuple(ids)] for ids in answers] for source, answers in others.items()},
-            }
-            for (example, others), known in zip(rows, logprobs, strict=True)
-        ]
-
-    def _tokens_per_pass(self, training: bool) -> int:
-        return tokens_per_pass(self.recipe.tokens_per_pass, self.players.device.type != "cpu", training)
-
-    def settle_method(self, player: Player) -> Method:
-        """How log-probs are computed: the fastest way that is right for the model, found out once in a run."""
-        if self._chosen_method is None:
-            examples = self.data.train
-            inputs = self._inputs("model", "adapter", "layout", data=self._data_hash, precision=self._precision)
-            artifact = self.run.artifact("layout.json", "data", inputs)
-            with self.processes.main_process_first():  # which copies it, in a forked run
-                is_settled = artifact.is_committed()
-            method = Method(**read_json(artifact.path)) if is_settled else self._choose_method(player, examples)
-            self.processes.wait_for_everyone()
-            if self.processes.is_main_process and not is_settled:
-                with artifact.staging() as place:
-                    write_json(place, asdict(method))
-            self.processes.wait_for_everyone()
-            self.progress.say(f"layout: {method.layout}{f' ({method.reason})' if method.reason else ''}")
-            self._chosen_method = method
-        return self._chosen_method
-
-    def _choose_method(self, player: Player, examples: Sequence[TokenizedExample]) -> Method:
-        layouts = LAYOUTS if self.recipe.layout == "auto" else (self.recipe.layout,)
-        groups = _telling_groups(examples, self.recipe.generation.max_new_tokens)
-        model = self.players.opponent(player)
-        with self.players.autocast():
-            return choose_method(model, groups, self.renderer.pad_id, self.players.compute_dtype, layouts)
-
-    def _shards(
-        self,
-        folder: str,
-        title: str,
-        count: int,
-        each: int,
-        inputs: Inputs,
-        make: Callable[[range, OnProgress], list[dict[str, Any]]],
-    ) -> tuple[list[dict[str, Any]], str]:
-        """Rows for `count` examples with `each` responses, and their hash; the processes share out the shards."""
-        size, stage = self.recipe.generation.shard_size, _stage(title)
-        shards = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        artifacts = [
-            self.run.artifact(f"{folder}/{number:05d}.jsonl", stage, {**inputs, "shard": [number, size]})
-            for number in range(len(shards))
-        ]
-        mine = range(self.processes.process_index, len(shards), self.processes.num_processes)
-        missing = [number for number in mine if self._needs_making(artifacts[number])]
-        if missing:
-            total = each * sum(len(shards[number]) for number in missing)
-            with self._timed(folder) as timing, self.progress.task(title, total, "responses") as task:
-                for number in missing:
-                    finished = task.done + each * len(shards[number])
-                    rows = make(shards[number], task.advance)
-                    with artifacts[number].staging() as place:
-                        write_jsonl(place, rows)
-                    task.advance(0, finished - task.done)
-                timing["tokens"] = task.tokens
-        self.processes.wait_for_everyone()
-        rows = [row for artifact in artifacts for row in read_jsonl(artifact.path)]
-        return rows, digest([artifact.hash for artifact in artifacts])
-
-    def _train(
-        self,
-        folder: str,
-        name: str,
-        title: str,
-        start: Player,
-        inputs: Inputs,
-        make_trainer: Callable[[Any, Path, Method], Any],
-    ) -> Player:
-        """Train from a player's weights, or go on at the last checkpoint, and commit the result."""
-        stage = _stage(title)
-        log = self.run.artifact(f"{folder}/training.jsonl", stage, inputs)
-        weights = self.run.artifact(f"{folder}/{self._weights_kind}", stage, inputs)
-        with self.processes.main_process_first():  # which copies them, in a forked run
-            missing = [artifact for artifact in (log, weights) if self._needs_making(artifact)]
-        if missing:
-            self.close()
-            checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
-            with self._timed(folder), self._tracked(folder):
-                method = self.settle_method(start)
-                model = self.players.main_player(start, seed=self._seed(folder))
-                trainer = make_trainer(model, checkpoints, method)
-                rows = train_resumably(trainer, lambda *logged: self.progress.training(title, *logged))
-                self._commit_training(trainer, rows, log, weights)
-                sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-            del trainer  # with its optimiser, before anything else is loaded
-            if sharded:
-                self.players.forget()
-        self.processes.wait_for_everyone()
-        if self.processes.is_main_process:
-            self.run.remove_checkpoints(folder)
-        return Player(name, weights.path, weights.hash)
-
-    def _commit_training(self, trainer: Any, rows: list[dict[str, Any]], log: Artifact, weights: Artifact) -> None:
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
-        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-        if self.processes.is_main_process:
-            with log.staging() as place:
-                write_jsonl(place, rows)
-            with weights.staging() as place:
-                self.players.save(model, place, state_dict)
-
-    def _training_arguments(
-        self, kind: type[Any], section: SFTSection | TrainingSection, folder: str, directory: Path, **settings: Any
-    ) -> Any:
-        return kind(
-            **section.arguments()
-            | settings
-            | {
-                "output_dir": str(directory),
-                "seed": self._seed(folder),
-                "use_cpu": self.players.device.type == "cpu",
-                "logging_strategy": "steps",
-                "save_strategy": "steps",
-                "disable_tqdm": True,
-            }
-        )
-
-    def _check_trainer_settings(self) -> None:
-        """Refuse now what transformers' Trainer would refuse when much is done already."""
-        for name, section in (("sft", self.recipe.sft), ("training", self.recipe.training)):
-            if section is not None:
-                try:
-                    args = self._training_arguments(
-                        Arguments, section, name, self.run.path, learning_rate=1.0, num_train_epochs=1.0
-                    )
-                    get_reporting_integration_callbacks(args.report_to)
-                except (ValueError, TypeError, ImportError, RuntimeError) as error:
-                    raise UserError(f"{name}: transformers' Trainer refuses these settings: {error}") from None
-
-    def _seed(self, folder: str) -> int:
-        """Of one training: of its adapter, its order of pairs, its dropout."""
-        return request_seed(self.recipe.seed, folder) % 2**31
-
-    def _inputs(self, *sections: str, **values: Any) -> dict[str, Any]:
-        """What an artifact is made from: recipe sections and other values."""
-        return self.recipe.model_dump(include=set(sections), mode="json") | values
-
-    def _needs_making(self, artifact: Artifact) -> bool:
-        if artifact.is_committed():
-            return False
-        if self.run.has_record(artifact.key):
-            self._changed(artifact)
-        if self._only is not None and artifact.stage not in self._only:
-            command = COMMANDS.get(artifact.stage, artifact.stage)
-            raise UserError(
-                f"{artifact.path}: missing; the stage {artifact.stage!r} makes it: run spinlm {command} first"
-            )
-        return True
-
-    def _changed(self, artifact: Artifact) -> None:
-        """A committed artifact's inputs are others now: nothing is replaced unless that was asked for."""
-        recorded, wanted = self.run.record(artifact.key)["inputs"], canonical(artifact.inputs)
-        keys = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
-        changed = f"{artifact.path}: was made from something else than what is there now ({', '.join(keys)})"
-        if not self._repair:
-            raise UserError(
-                f"{changed}: has the model or the dataset been changed? Put it back, or start a new run "
-                "(--fork NEW_RUN keeps what still holds); --repair makes it anew here."
-            )
-        self.progress.say(f"{changed}, so it is made anew")
-
-    @contextmanager
-    def _tracked(self, folder: str) -> Iterator[None]:
-        """Trackers that write files do so in the run directory, where they stay when checkpoints go."""
-        before = os.environ.get("TENSORBOARD_LOGGING_DIR")
-        os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(self.run.path / "trackers" / folder)
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["TENSORBOARD_LOGGING_DIR"]
-
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[dict[str, Any]]:
-        """Add a line to timings.jsonl, which is the only file where two equal runs differ."""
-        timing: dict[str, Any] = {"what": what}
-        started = time.perf_counter()
-        try:
-            yield timing
-        finally:
-            if self.processes.is_main_process:
-                timing["seconds"] = round(time.perf_counter() - started, 3)
-                with (self.run.path / "timings.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(timing) + "\n")
-
-
-def prepare_data(recipe: Recipe, players: Players, renderer: Renderer) -> Split:
-    """The dataset as a run uses it, read from its source.
-
-    Raises:
-        UserError: It can't be read, or doesn't fit the recipe.
-    """
-    check_vocabulary(players.tokenizer, players.config)
-    examples, dropped = load_examples(recipe.data)
-    split = prepare(examples, dropped, renderer, recipe.data, recipe.seed)
-    _check_measure(recipe, split)
-    return split
-
-
-def check_context(recipe: Recipe, context: int | None) -> None:
-    """Refuse lengths that the model can't take.
-
-    Raises:
-        UserError: With both numbers.
-    """
-    data, new = recipe.data, recipe.generation.max_new_tokens
-    if context is None:
-        return
-    if data.max_length > context:
-        raise UserError(
-            f"data.max_length: {data.max_length} tokens of prompt and response, but {recipe.model.name} takes "
-            f"{context}: lower data.max_length"
-        )
-    if data.max_prompt_tokens + new > context:
-        raise UserError(
-            f"data.max_prompt_tokens + generation.max_new_tokens: {data.max_prompt_tokens} + {new} tokens, but "
-            f"{recipe.model.name} takes {context}: lower one of them"
-        )
-
-
-def _check_measure(recipe: Recipe, split: Split) -> None:
-    select_by = recipe.evaluation.select_by
-    if select_by.startswith("accuracy") and any(example.verifier is None for example in split.held_out):
-        raise UserError(
-            f"evaluation.select_by: {select_by} can't be measured, since {recipe.data.source} has no verifier; "
-            "choose real_nll, truncation_rate or repetition_rate"
-        )
-
-
-def _telling_groups(examples: Sequence[TokenizedExample], longest_response: int) -> list[Group]:
-    """Each prompt with its real response and, as a second one, what fits of another example's.
-
-    The longest group's is as long as a response can be: there a model's window may begin to tell.
-    """
-    partners = [*examples[1:], *examples[:1]]
-    groups = [
-        Group(one.prompt_ids, [one.real_ids, other.real_ids[: len(one.real_ids)]])
-        for one, other in zip(examples, partners, strict=True)
-    ]
-    longest = max(range(len(groups)), key=lambda place: count_tokens([groups[place]], "shared"))
-    prompt, (real, _) = groups[longest].prompt_ids, groups[longest].responses
-    groups[longest] = Group(prompt, [real, list(islice(cycle(partners[longest].real_ids), longest_response))])
-    return groups
-
-
-def _stage(title: str) -> str:
-    """`iteration 0: generate` and `base: evaluate (greedy)` name the stages generate and evaluate."""
-    return title.rpartition(": ")[2].partition(" (")[0]
-
-
-def _margins(
-    examples: Sequence[TokenizedExample], opponent: Evaluation, scores: Scores, beta: float
-) -> list[list[float]]:
-    """A main player's held-out margins of each real response against those fresh ones of its opponent that differ."""
-    margins = []
-    for place, example in enumerate(examples):
-        real_logratio = scores.real[place] - opponent.scores.real[place]
-        responses = opponent.sampled[place]
-        logprobs = zip(scores.others["opponent"][place], opponent.scores.others["own"][place], strict=True)
-        margins.append(
-            [
-                beta * (real_logratio - (mine - theirs))
-                for response, (mine, theirs) in zip(responses, logprobs, strict=True)
-                if response.token_ids != example.real_ids
-            ]
-        )
-    return margins
-
-
-def _held_out_examples(
-    examples: Sequence[TokenizedExample],
-    sampled: Answers,
-    greedy: Answers | None,
-    scores: Scores,
-    start_scores: Scores | None,
-    margins: Sequence[list[float]] | None,
-) -> list[HeldOutExample]:
-    rows = []
-    for place, example in enumerate(examples):
-        verifier = example.verifier
-        own = scores.others["own"][place]
-        start = [None] * len(own) if start_scores is None else start_scores.others["own"][place]
-        rows.append(
-            HeldOutExample(
-                id=example.id,
-                real_logprob=scores.real[place],
-                real_tokens=len(example.real_ids),
-                sampled=[
-                    SampledAnswer(
-                        tokens=len(response.token_ids),
-                        truncated=response.finish_reason == "length",
-                        repetition=repetition(response.token_ids),
-                        logprob=logprob,
-                        start_logprob=start_logprob,
-                        correct=None if verifier is None else correct(response.text, verifier),
-                    )
-                    for response, logprob, start_logprob in zip(sampled[place], own, start, strict=True)
-                ],
-                greedy_correct=None if verifier is None or greedy is None else correct(greedy[place][0].text, verifier),
-                margins=[] if margins is None else margins[place],
-            )
-        )
-    return rows
+    def stop(self, iterations: int, reason: str) -> None:
+        """Put down that the run ends after so many iterations, and why."""
+        self.progress.say(f"stopped after {iterations} iterations: {reason}")
+        artifact = self.run.artifact(STOPPED, "evaluate", {"iterations": iterations, "reason": reason})
+        if self.processes.is_main_process and not artifact.is_committed():
+            with artifact.staging() as place:
+                write_json(place, {"iterations": iterations, "reason": reason})

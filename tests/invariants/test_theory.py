@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spinlm.training.losses import LOSSES, spin_margin
+from spinlm.training.losses import MARGIN_LOSSES, Objective, PairLogprobs
 
 PROMPTS, RESPONSES = 3, 5
 
@@ -25,8 +25,18 @@ DATA, START = _policy(1), _policy(2)
 def _expected_loss(main: Tensor, opponent: Tensor, data: Tensor, beta: float, loss: str = "logistic") -> Tensor:
     """The loss of every pair (y, y'), weighted by p_data(y) p_t(y')."""
     real, synthetic = torch.cartesian_prod(torch.arange(RESPONSES), torch.arange(RESPONSES)).T
-    margin = spin_margin(main[:, real], main[:, synthetic], opponent[:, real], opponent[:, synthetic], beta)
-    return (data[:, real].exp() * opponent[:, synthetic].exp() * LOSSES[loss](margin)).sum()
+    one = torch.ones(())
+    pairs = PairLogprobs(
+        real=main[:, real],
+        synthetic=main[:, synthetic],
+        initial=main[:, synthetic],
+        reference_real=opponent[:, real],
+        reference_synthetic=opponent[:, synthetic],
+        real_tokens=one,
+        synthetic_tokens=one,
+        initial_tokens=one,
+    )
+    return (data[:, real].exp() * opponent[:, synthetic].exp() * Objective(loss, beta)(pairs)).sum()
 
 
 def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
@@ -102,7 +112,7 @@ def test_data_is_a_fixed_point_for_any_beta(beta: float) -> None:
     torch.testing.assert_close(_iterate(DATA, beta).exp(), DATA.exp(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", MARGIN_LOSSES)
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_at_the_data_no_policy_has_a_lower_loss(loss: str, beta: float) -> None:
     at_data = _expected_loss(DATA, DATA, DATA, beta, loss)
@@ -112,7 +122,7 @@ def test_at_the_data_no_policy_has_a_lower_loss(loss: str, beta: float) -> None:
             assert _expected_loss(elsewhere, DATA, DATA, beta, loss) >= at_data - 1e-12
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", MARGIN_LOSSES)
 def test_away_from_the_data_the_opponent_is_no_minimum(loss: str) -> None:
     """Theorem 5.2, second half; the first step is beta * |loss'(0)| times that of supervised fine-tuning."""
     logits = START.clone().requires_grad_()
@@ -121,3 +131,17 @@ def test_away_from_the_data_the_opponent_is_no_minimum(loss: str) -> None:
     (supervised,) = torch.autograd.grad(-(DATA.exp() * main).sum(), logits)
     assert slope.norm() > 1e-3
     torch.testing.assert_close(slope, (0.05 if loss == "logistic" else 0.1) * supervised)
+
+
+def test_the_noise_contrastive_loss_lands_on_the_data_in_one_iteration() -> None:
+    """SPACE (arXiv 2512.07175): its minimum is the data's distribution, with beta 1, whoever the opponent is."""
+    landed = _minimise(lambda main: _expected_loss(main, START, DATA, 1.0, "noise_contrastive"), START)
+    torch.testing.assert_close(landed.exp(), DATA.exp(), atol=1e-6, rtol=0)
+
+
+def test_the_noise_contrastive_loss_still_pulls_to_the_data_when_the_opponent_is_there() -> None:
+    """There the margin losses are flat around the data in no direction either, but SPACE's curvature is that of
+    supervised fine-tuning's likelihood: a player that has drifted comes back."""
+    drifted = (DATA + 0.5 * _policy(7)).log_softmax(-1)
+    back = _minimise(lambda main: _expected_loss(main, DATA, DATA, 1.0, "noise_contrastive"), drifted)
+    torch.testing.assert_close(back.exp(), DATA.exp(), atol=1e-6, rtol=0)

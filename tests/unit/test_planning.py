@@ -26,8 +26,8 @@ from spinlm.players.logprobs import Method, all_scores, logits_argument
 from spinlm.players.models import Players
 from spinlm.players.tally import Tally
 from spinlm.sketch import Sketch, extent_of
-from spinlm.stages import prepare_data
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
+from spinlm.workshop import prepare_data
 
 SMALL = {
     "hidden_size": 96,
@@ -305,7 +305,7 @@ from spinlm.config import recipe_from
 from spinlm.data.pairs import Pair
 from spinlm.data.render import Renderer
 from spinlm.players.models import Players
-from spinlm.stages import prepare_data
+from spinlm.workshop import prepare_data
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
 def resident(name):

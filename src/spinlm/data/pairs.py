@@ -8,7 +8,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, the real and a synthetic response, and the opponent's log-probs of both."""
+    """A prompt, the real and a synthetic response, and the opponent's log-probs of both.
+
+    Attributes:
+        prompt_ids: The prompt.
+        real_ids: The real response.
+        synthetic_ids: The opponent's, or a past opponent's.
+        opponent_real_logprob: Of the real response, by whom the main player starts from.
+        opponent_synthetic_logprob: Of the synthetic response, by the same.
+        synthetic_truncated: Whether the synthetic response was cut at the token cap.
+        reference_real_logprob: What the main player's is measured against, where that isn't the opponent's own.
+        reference_synthetic_logprob: The same of the synthetic response.
+        initial_ids: The starting player's response, where the loss asks for one.
+    """
 
     prompt_ids: list[int]
     real_ids: list[int]
@@ -16,6 +28,18 @@ class Pair:
     opponent_real_logprob: float
     opponent_synthetic_logprob: float
     synthetic_truncated: bool = False
+    reference_real_logprob: float | None = None
+    reference_synthetic_logprob: float | None = None
+    initial_ids: list[int] | None = None
+
+    @property
+    def reference_logprobs(self) -> tuple[float, float]:
+        """Of the real and the synthetic response."""
+        real, synthetic = self.reference_real_logprob, self.reference_synthetic_logprob
+        return (
+            self.opponent_real_logprob if real is None else real,
+            self.opponent_synthetic_logprob if synthetic is None else synthetic,
+        )
 
 
 @dataclass(frozen=True)
@@ -40,20 +64,38 @@ def by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
     return list(places.values())
 
 
-def group_pairs(pairs: Sequence[Pair]) -> tuple[list[Group], list[int], list[int]]:
-    """Each prompt once with each of its different responses once.
+@dataclass(frozen=True)
+class PairGroups:
+    """Each prompt of some pairs once, with each of its different responses once.
 
-    Returns:
-        The groups, and for each pair the number of its real and of its synthetic response, counted over all groups.
+    Attributes:
+        groups: The prompts with their responses.
+        real: For each pair, the number of its real response, counted over all groups.
+        synthetic: The number of its synthetic response.
+        initial: The number of the starting player's response; of the synthetic one where it has none.
     """
+
+    groups: list[Group]
+    real: list[int]
+    synthetic: list[int]
+    initial: list[int]
+
+
+def group_pairs(pairs: Sequence[Pair]) -> PairGroups:
+    """The pairs' prompts and responses, none of them twice."""
     groups: list[Group] = []
-    real, synthetic = [0] * len(pairs), [0] * len(pairs)
+    real, synthetic, initial = ([0] * len(pairs) for _ in range(3))
     count = 0
     for places in by_prompt(pairs):
         numbers: dict[tuple[int, ...], int] = {}
+
+        def number_of(ids: Sequence[int], numbers: dict[tuple[int, ...], int] = numbers, start: int = count) -> int:
+            return numbers.setdefault(tuple(ids), start + len(numbers))
+
         for place in places:
-            real[place] = numbers.setdefault(tuple(pairs[place].real_ids), count + len(numbers))
-            synthetic[place] = numbers.setdefault(tuple(pairs[place].synthetic_ids), count + len(numbers))
+            pair = pairs[place]
+            real[place], synthetic[place] = number_of(pair.real_ids), number_of(pair.synthetic_ids)
+            initial[place] = synthetic[place] if pair.initial_ids is None else number_of(pair.initial_ids)
         groups.append(Group(pairs[places[0]].prompt_ids, list(numbers)))
         count += len(numbers)
-    return groups, real, synthetic
+    return PairGroups(groups, real, synthetic, initial)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,7 +195,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def chosen_measure(select_by: str, measures: Mapping[str, Any]) -> str:
+def chosen_measure(select_by: str, measures: Collection[str]) -> str:
     """The measure that names the best: `auto` is sampled accuracy where there is a verifier."""
     if select_by != "auto":
         return select_by

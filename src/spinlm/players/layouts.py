@@ -72,15 +72,21 @@ class PairBatch(ResponseBatch):
     Attributes:
         real: [B], the number of each pair's real response.
         synthetic: [B], the number of its synthetic response.
+        initial: [B], the number of the starting player's response, or of the synthetic one where it has none.
         opponent_real: [B], the opponent's log-probs of the real responses.
         opponent_synthetic: [B], those of the synthetic responses.
+        reference_real: [B], what the main player's log-probs of the real responses are measured against.
+        reference_synthetic: [B], the same of the synthetic responses.
         truncated: [B], 1 where the synthetic response was cut at the token cap.
     """
 
     real: Tensor
     synthetic: Tensor
+    initial: Tensor
     opponent_real: Tensor
     opponent_synthetic: Tensor
+    reference_real: Tensor
+    reference_synthetic: Tensor
     truncated: Tensor
 
 
@@ -102,13 +108,17 @@ def lay_out(groups: Sequence[Group], layout: Layout, pad_id: int) -> ResponseBat
 
 def lay_out_pairs(pairs: Sequence[Pair], layout: Layout, pad_id: int) -> PairBatch:
     """A batch of pairs."""
-    groups, real, synthetic = group_pairs(pairs)
+    grouped = group_pairs(pairs)
+    reference_real, reference_synthetic = zip(*(pair.reference_logprobs for pair in pairs), strict=True)
     return {
-        **lay_out(groups, layout, pad_id),
-        "real": torch.tensor(real),
-        "synthetic": torch.tensor(synthetic),
+        **lay_out(grouped.groups, layout, pad_id),
+        "real": torch.tensor(grouped.real),
+        "synthetic": torch.tensor(grouped.synthetic),
+        "initial": torch.tensor(grouped.initial),
         "opponent_real": torch.tensor([pair.opponent_real_logprob for pair in pairs]),
         "opponent_synthetic": torch.tensor([pair.opponent_synthetic_logprob for pair in pairs]),
+        "reference_real": torch.tensor(reference_real),
+        "reference_synthetic": torch.tensor(reference_synthetic),
         "truncated": torch.tensor([float(pair.synthetic_truncated) for pair in pairs]),
     }
 

@@ -112,6 +112,17 @@ class _CommitCheckpoint(TrainerCallback):
         self._trainer.accelerator.wait_for_everyone()
 
 
+class EachCheckpoint(TrainerCallback):
+    """Calls back at each checkpoint, before it counts as whole: what is done then is done for every checkpoint."""
+
+    def __init__(self, on_checkpoint: Callable[[int], None]) -> None:
+        """Takes what to call with the step."""
+        self._on_checkpoint = on_checkpoint
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._on_checkpoint(state.global_step)
+
+
 class _LogEnd(TrainerCallback):
     """The last steps are logged (and so checked) too, where they don't fill a logging interval."""
 

@@ -51,11 +51,16 @@ class PassTrainer(Trainer, Generic[Row]):
         """Rows that have something in common, and go through the model together."""
         return [[row] for row in rows]
 
+    def as_they_are_now(self, rows: list[Row]) -> list[Row]:
+        """The rows of a batch when their step begins."""
+        return rows
+
     # --- the step ---
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The optimiser's batch, and its number of items over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [{"rows": self.as_they_are_now(batch["rows"])} for batch in batches]
         items = sum(self.count_items(batch["rows"]) for batch in batches)
         if self.accelerator.num_processes == 1:
             return batches, items

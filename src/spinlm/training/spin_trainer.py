@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -32,7 +32,7 @@ from spinlm.players.logprobs import (
 )
 from spinlm.players.models import switch_off_dropout, without_dropout
 from spinlm.training.checkpoints import Arguments
-from spinlm.training.losses import LOSSES, spin_margin
+from spinlm.training.losses import LOSSES, Objective, PairLogprobs
 from spinlm.training.passes import PassTrainer
 
 _PAIR_METRICS = (
@@ -57,7 +57,11 @@ class SPINConfig(Arguments):
     """TrainingArguments, and what SPIN adds to them."""
 
     beta: float = field(default=0.1, metadata={"help": "The paper's lambda."})
-    loss: str = field(default="logistic", metadata={"help": "logistic, hinge, exponential or correlation."})
+    loss: str = field(default="logistic", metadata={"help": ", ".join(LOSSES)})
+    length_normalised: bool = field(default=False, metadata={"help": "Take log-probs per token."})
+    nll_weight: float = field(default=0.0, metadata={"help": "Of the real response's negative log-likelihood a token."})
+    noise_ratio: float = field(default=1.0, metadata={"help": "mu of the noise_contrastive loss."})
+    history_weight: float = field(default=1.0, metadata={"help": "Of the triplet loss's historical advantage."})
     tokens_per_pass: int | None = field(
         default=None,
         metadata={"help": "Tokens that go through the model together; default: 2048; on a CPU 384, to score 1024."},
@@ -70,6 +74,11 @@ class SPINConfig(Arguments):
         if self.tokens_per_pass is not None and self.tokens_per_pass < 1:
             raise UserError(f"tokens_per_pass: {self.tokens_per_pass} is no number of tokens")
 
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return Objective(**{name.name: getattr(self, name.name) for name in fields(Objective)})
+
 
 class SPINTrainer(PassTrainer[Pair]):
     """Trains the main player to prefer real responses over the opponent's (paper, equation 4.7).
@@ -79,7 +88,9 @@ class SPINTrainer(PassTrainer[Pair]):
     `real_ids`, `synthetic_ids`. A prompt that is a string is a user's message. Where a row brings no
     `opponent_real_logprob` and `opponent_synthetic_logprob`, the model as it is at construction is the
     opponent. `synthetic_truncated` says that the synthetic response was cut at the token cap: as text it
-    then gets no end-of-turn token.
+    then gets no end-of-turn token. Optional are `reference_real_logprob` and `reference_synthetic_logprob`, where the
+    margin is measured against somebody else than the opponent, and `initial` (or `initial_ids`), the starting
+    player's response for the triplet loss: without it, the synthetic response is the starting player's.
     Pairs of identical responses are dropped and counted. The model's own dropout is switched off; an
     adapter's stays.
 
@@ -88,6 +99,7 @@ class SPINTrainer(PassTrainer[Pair]):
 
     Attributes:
         dropped_identical: How many pairs were.
+        objective: The loss of a pair.
     """
 
     args: SPINConfig
@@ -134,6 +146,7 @@ class SPINTrainer(PassTrainer[Pair]):
         self._last_log = time.perf_counter()
         self._start_checked = False
         self.dropped_identical = 0
+        self.objective = args.objective
         self.tokens_per_pass = self._tokens_asked_for(args, training=True)
         super().__init__(
             model=model,
@@ -150,30 +163,30 @@ class SPINTrainer(PassTrainer[Pair]):
         with without_dropout(self.model), self.accelerator.autocast():  # on its device now: as training will compute
             self.method = method or self._choose_method([*(train or []), *(evaluation or [])])
             if train is not None:
-                self.train_dataset, self.dropped_identical = drop_identical(self._scored(train))
+                self.train_dataset, self.dropped_identical = drop_identical(self.scored(train))
                 if not self.train_dataset:
                     raise UserError("train_dataset: no pair whose responses differ, so there is nothing to learn")
             if evaluation is not None:
-                self.eval_dataset = drop_identical(self._scored(evaluation))[0]
+                self.eval_dataset = drop_identical(self.scored(evaluation))[0]
 
     def _choose_method(self, pairs: Sequence[Pair]) -> Method:
-        groups = group_pairs(pairs)[0]
+        groups = group_pairs(pairs).groups
         telling = [one for one in groups if len(one.responses) > 1] or groups
         return choose_method(self.model, telling, self._pad_id, self._compute_dtype())
 
-    def _scored(self, pairs: Sequence[Pair]) -> list[Pair]:
+    def scored(self, pairs: Sequence[Pair]) -> list[Pair]:
         """The model as it stands is the opponent of those that bring no log-probs."""
         places = [
             place
             for place, pair in enumerate(pairs)
             if math.isnan(pair.opponent_real_logprob) or math.isnan(pair.opponent_synthetic_logprob)
         ]
-        groups, real, synthetic = group_pairs([pairs[place] for place in places])
+        unscored = group_pairs([pairs[place] for place in places])
         tokens = self._tokens_asked_for(self.args, training=False)
-        scores = all_scores(self.model, groups, self.method, tokens, self._pad_id)
+        scores = all_scores(self.model, unscored.groups, self.method, tokens, self._pad_id)
         logprobs = list(chain.from_iterable(scores))
         pairs = list(pairs)
-        for place, r, s in zip(places, real, synthetic, strict=True):
+        for place, r, s in zip(places, unscored.real, unscored.synthetic, strict=True):
             pairs[place] = replace(
                 pairs[place], opponent_real_logprob=logprobs[r], opponent_synthetic_logprob=logprobs[s]
             )
@@ -189,7 +202,7 @@ class SPINTrainer(PassTrainer[Pair]):
         return len(rows)
 
     def count_tokens(self, rows: Sequence[Pair]) -> int:
-        return count_tokens(group_pairs(rows)[0], self.method.layout)
+        return count_tokens(group_pairs(rows).groups, self.method.layout)
 
     def bundles(self, rows: Sequence[Pair]) -> list[list[Pair]]:
         return [[rows[place] for place in places] for places in by_prompt(rows)]
@@ -198,12 +211,15 @@ class SPINTrainer(PassTrainer[Pair]):
         return lay_out_pairs(rows, self.method.layout, self._pad_id)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        sampler = PromptSampler(
-            self.train_dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed
-        )
+        sampler = PromptSampler(self.train_dataset, self.sampler_seed)
         self.remove_callback(_SetEpoch)  # an earlier training's
         self.add_callback(_SetEpoch(sampler))
         return sampler
+
+    @property
+    def sampler_seed(self) -> int:
+        """Of the order of the pairs."""
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     # --- the step ---
 
@@ -218,12 +234,12 @@ class SPINTrainer(PassTrainer[Pair]):
         self, model: Any, inputs: PairBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss: the mean over the optimiser's whole batch, whatever its division into passes and processes."""
-        margin, log_ratios = self._margins(model, inputs)
+        pairs = self._pair_logprobs(model, inputs)
         processes = self.accelerator.num_processes if model.training else 1
-        self._add_metrics("train" if model.training else "eval", inputs, margin.detach(), log_ratios.detach())
-        pairs = len(margin) if num_items_in_batch is None else num_items_in_batch
-        loss = LOSSES[self.args.loss](margin).sum() * processes / pairs
-        return (loss, {"margin": margin}) if return_outputs else loss
+        self._add_metrics("train" if model.training else "eval", inputs, pairs)
+        count = len(pairs.real) if num_items_in_batch is None else num_items_in_batch
+        loss = self.objective(pairs).sum() * processes / count
+        return (loss, {"margin": self.objective.margin(pairs)}) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Metrics of the evaluation pairs, or of other `Pair`s.
@@ -236,29 +252,41 @@ class SPINTrainer(PassTrainer[Pair]):
         metrics: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return metrics
 
-    def _margins(self, model: Any, inputs: PairBatch) -> tuple[Tensor, Tensor]:
-        """Margins [B], and log-ratios of the real and synthetic responses, [2, B]."""
-        logprobs = response_logprobs(model, inputs)
-        real, synthetic = logprobs[inputs["real"]], logprobs[inputs["synthetic"]]
-        opponent_real, opponent_synthetic = inputs["opponent_real"], inputs["opponent_synthetic"]
-        margin = spin_margin(real, synthetic, opponent_real, opponent_synthetic, self.args.beta)
-        return margin, torch.stack([real - opponent_real, synthetic - opponent_synthetic])
+    def _pair_logprobs(self, model: Any, inputs: PairBatch) -> PairLogprobs:
+        logprobs, lengths = response_logprobs(model, inputs), inputs["lengths"].to(inputs["opponent_real"].dtype)
+        real, synthetic, initial = inputs["real"], inputs["synthetic"], inputs["initial"]
+        return PairLogprobs(
+            real=logprobs[real],
+            synthetic=logprobs[synthetic],
+            initial=logprobs[initial],
+            reference_real=inputs["reference_real"],
+            reference_synthetic=inputs["reference_synthetic"],
+            real_tokens=lengths[real],
+            synthetic_tokens=lengths[synthetic],
+            initial_tokens=lengths[initial],
+        )
 
     @torch.no_grad()
     def _check_start(self, model: Any, passes: Sequence[Sequence[Pair]]) -> None:
-        """At the start main player and opponent are one: every margin is 0, the logistic loss ln 2.
+        """At the start main player and opponent are one: every log-ratio is 0.
+
+        So is every margin then, and the logistic loss ln 2, where the reference is the opponent itself.
 
         Raises:
             WrongOpponent: They aren't.
         """
-        margins, differences = [], []
+        margins, losses, differences = [], [], []
         with scoring(self.model, self.method), without_dropout(model), self.compute_loss_context_manager():
             for rows in passes:
                 inputs = self._prepare_inputs(self.lay_out(rows))
-                margin, log_ratios = self._margins(model, inputs)
-                margins.append(margin)
-                differences.append(torch.stack([log_ratios.abs(), log_ratios.abs() / _lengths(inputs).sqrt()]))
-        margin, (largest, worst) = torch.cat(margins), torch.cat(differences, dim=-1).flatten(1).amax(dim=1).tolist()
+                pairs = self._pair_logprobs(model, inputs)
+                margins.append(self.objective.margin(pairs))
+                losses.append(self.objective(pairs))
+                logprobs = torch.stack([pairs.real, pairs.synthetic])
+                log_ratios = (logprobs - torch.stack([inputs["opponent_real"], inputs["opponent_synthetic"]])).abs()
+                lengths = torch.stack([pairs.real_tokens, pairs.synthetic_tokens])
+                differences.append(torch.stack([log_ratios, log_ratios / lengths.sqrt()]))
+        largest, worst = torch.cat(differences, dim=-1).flatten(1).amax(dim=1).tolist()
         allowed = tolerance(self._compute_dtype())
         if not worst <= allowed:
             raise WrongOpponent(
@@ -267,9 +295,8 @@ class SPINTrainer(PassTrainer[Pair]):
                 "log-probs were computed by other weights, in another precision or with another prompt: compute "
                 "them anew."
             )
-        self.log(
-            {"start_loss": float(LOSSES[self.args.loss](margin).mean()), "start_margin": float(margin.abs().max())}
-        )
+        loss, margin = torch.cat(losses), torch.cat(margins)
+        self.log({"start_loss": float(loss.mean()), "start_margin": float(margin.abs().max())})
 
     def _compute_dtype(self) -> torch.dtype:
         if self.args.bf16 or getattr(self.model, "is_loaded_in_4bit", False):
@@ -281,15 +308,19 @@ class SPINTrainer(PassTrainer[Pair]):
 
     # --- what is logged ---
 
-    def _add_metrics(self, mode: str, inputs: PairBatch, margin: Tensor, log_ratios: Tensor) -> None:
+    @torch.no_grad()
+    def _add_metrics(self, mode: str, inputs: PairBatch, pairs: PairLogprobs) -> None:
         """Add a batch to the sums kept on the device: no sync."""
-        opponent = torch.stack([inputs["opponent_real"], inputs["opponent_synthetic"]])
+        rewards = self.objective.rewards(pairs)
+        margin = rewards[0] - rewards[1]
         per_pair = [
             margin,
             (margin > 0).float(),
-            *(self.args.beta * log_ratios),
-            *(log_ratios + opponent),
-            *_lengths(inputs),
+            *rewards,
+            pairs.real,
+            pairs.synthetic,
+            pairs.real_tokens,
+            pairs.synthetic_tokens,
             inputs["truncated"],
         ]
         dtype = widest_float(margin.device)
@@ -319,11 +350,6 @@ class SPINTrainer(PassTrainer[Pair]):
         elif "eval_loss" in logs:  # in place: evaluate() returns them
             logs.update({f"eval_{name}": value for name, value in self._take_metrics("eval").items()})
         super().log(logs, start_time)
-
-
-def _lengths(inputs: PairBatch) -> Tensor:
-    """Of the real and synthetic responses in tokens, [2, B]."""
-    return torch.stack([inputs["lengths"][inputs["real"]], inputs["lengths"][inputs["synthetic"]]]).float()
 
 
 class PromptSampler(Sampler[int]):
@@ -379,6 +405,9 @@ class PairReader:
             opponent_real_logprob=real_logprob,
             opponent_synthetic_logprob=synthetic_logprob,
             synthetic_truncated=bool(row.get("synthetic_truncated", False)),
+            reference_real_logprob=row.get("reference_real_logprob"),
+            reference_synthetic_logprob=row.get("reference_synthetic_logprob"),
+            initial_ids=list(ids["initial_ids"]) if ids.get("initial_ids") else None,
         )
 
     def _tokenized(self, row: Mapping[str, Any], number: int) -> dict[str, list[int]]:
@@ -396,11 +425,18 @@ class PairReader:
             prompt_ids = self._renderer.prompt_ids(messages)
             real_ids = self._renderer.response_ids(messages, _words(real))
             synthetic_ids = self._renderer.response_ids(messages, _words(synthetic))
+            initial = row.get("initial")
+            initial_ids = [] if initial is None else self._renderer.response_ids(messages, _words(initial))
         except RenderError as error:
             raise UserError(f"row {number}: {error}") from None
         if row.get("synthetic_truncated"):
             synthetic_ids.pop()  # the end-of-turn token, which it never reached
-        return {"prompt_ids": prompt_ids, "real_ids": real_ids, "synthetic_ids": synthetic_ids}
+        return {
+            "prompt_ids": prompt_ids,
+            "real_ids": real_ids,
+            "synthetic_ids": synthetic_ids,
+            "initial_ids": initial_ids,
+        }
 
 
 def _words(response: Any) -> str:

@@ -1,0 +1,520 @@
+"""What the stages of a run share: its data, its players and engine, and how anything is made once and committed."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property, partial
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers.integrations import get_reporting_integration_callbacks
+
+from spinlm.config import Recipe, SFTSection, TrainingSection
+from spinlm.data.examples import Dropped
+from spinlm.data.formats import load_examples
+from spinlm.data.pairs import Group
+from spinlm.data.prepare import Split, TokenizedExample, prepare
+from spinlm.data.render import Renderer
+from spinlm.errors import UserError
+from spinlm.generation.choice import EngineName, choose
+from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
+from spinlm.generation.transformers_engine import TransformersEngine
+from spinlm.generation.vllm_engine import VLLMEngine
+from spinlm.players.layouts import LAYOUTS, count_tokens, tokens_per_pass
+from spinlm.players.logprobs import Method, choose_method, score_groups
+from spinlm.players.models import Player, Players, check_vocabulary, context_length
+from spinlm.reporting.progress import Progress
+from spinlm.results import Answers, Scores
+from spinlm.rundir import (
+    Artifact,
+    Inputs,
+    RunDir,
+    canonical,
+    digest,
+    file_hashes,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+from spinlm.training.checkpoints import Arguments, EachCheckpoint, train_resumably
+
+COMMANDS = {"data": "generate", "sft": "generate", "score": "train", "control": "run"}
+"""The command that runs a stage, where it isn't called after it."""
+
+
+class Workshop:
+    """One recipe, one run directory, one set of players; every stage looks for its committed artifact first."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        progress: Progress,
+        only: Collection[str] | None = None,
+        repair: bool = False,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            recipe: What to do.
+            run: Where.
+            progress: What to show.
+            only: The stages that may make something; what the others make must be there. None: all.
+            repair: Make anew what was made from inputs that have changed since.
+        """
+        self._only = only
+        self._repair = repair
+        self.recipe = recipe
+        self.run = run
+        self.progress = progress
+        self.processes = PartialState()
+        self._precision = recipe.training.precision
+        self.players = Players(recipe.model, recipe.adapter, self._precision)
+        self._chosen_method: Method | None = None
+        self._vllm: VLLMEngine | None = None
+        self._check_trainer_settings()
+        self._engine_name = self._choose_engine()
+
+    def close(self) -> None:
+        """Give back the memory of an engine that holds a model of its own."""
+        if self._vllm is not None:
+            self._vllm.close()
+        self._vllm = None
+
+    # --- data ---
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer(self.players.tokenizer, self.recipe.prompt, self.players.stop_ids())
+
+    @cached_property
+    def data(self) -> Split:
+        """The dataset, tokenised and split; read from the run directory once it is there."""
+        source = Path(self.recipe.data.source).expanduser()
+        files = file_hashes(source) if source.exists() else None
+        artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
+        check_context(self.recipe, context_length(self.players.config))
+        if self.processes.is_main_process and self._needs_making(artifact):
+            split = prepare_data(self.recipe, self.players, self.renderer)
+            with self._timed("data"), artifact.staging() as place:
+                place.mkdir()
+                for part in ("train", "held_out", "dropped"):
+                    write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
+        self.processes.wait_for_everyone()
+        split = Split(
+            train=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "train.jsonl")],
+            held_out=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "held_out.jsonl")],
+            dropped=[Dropped(**row) for row in read_jsonl(artifact.path / "dropped.jsonl")],
+        )
+        _check_measure(self.recipe, split)  # again: a forked run measures the same data by another recipe
+        self._say_data(split)
+        self._data_hash = artifact.hash
+        return split
+
+    @property
+    def played(self) -> list[TokenizedExample]:
+        """The training examples whose prompts the opponents answer."""
+        return self.data.train[: self.recipe.generation.max_prompts]
+
+    def _say_data(self, split: Split) -> None:
+        dropped = "".join(f"; dropped {count}: {reason}" for reason, count in split.drop_counts().items())
+        self.progress.say(f"data: {len(split.train)} examples to train on, {len(split.held_out)} held out{dropped}")
+
+    # --- answers and scores ---
+
+    def _answers(
+        self, folder: str, title: str, player: Player, examples: Sequence[TokenizedExample], sampling: Sampling, k: int
+    ) -> Answers:
+        """A player's k responses to each example's prompt, shard by shard."""
+        inputs = self._inputs(
+            "seed",
+            sampling=asdict(sampling),
+            k=k,
+            player=player.hash,
+            data=self._data_hash,
+            precision=self._precision,
+            engine=self._engine_name,
+        )
+
+        def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
+            asked = [examples[place] for place in shard]
+            requests = [
+                Request(e.prompt_ids, request_seed(self.recipe.seed, folder, e.id, i)) for e in asked for i in range(k)
+            ]
+            with self.players.autocast():
+                responses = iter(self._engine(player).generate(requests, sampling, on_progress))
+            return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in asked]
+
+        rows, name = self._shards(folder, title, len(examples), k, inputs, make)
+        return Answers([[Response(**response) for response in row["responses"]] for row in rows], name)
+
+    def _choose_engine(self) -> EngineName:
+        """Refused now, not when much is done already; but where nothing is generated, nothing is refused."""
+        used: EngineName | None = self.run.recorded_input("engine")
+        if self._only is not None and not {"generate", "evaluate"} & set(self._only):
+            return used or "transformers"
+        kind, processes = self.players.device.type, self.processes.num_processes
+        return choose(self.recipe, kind, processes, lambda: self.players.config, used, self.progress.say)
+
+    def _engine(self, player: Player) -> Engine:
+        """The player, ready to answer. One model is in memory: vLLM's, or that of the players."""
+        if self._engine_name == "transformers":
+            return TransformersEngine(self.players.opponent(player), self.renderer, self.recipe.generation.batch_size)
+        if self._vllm is None:
+            self.players.forget()
+            self._vllm = VLLMEngine(
+                self.recipe,
+                str(self.players.compute_dtype).removeprefix("torch."),
+                self.players.device.type,
+                self.renderer,
+            )
+        self._vllm.seat(player)
+        return self._vllm
+
+    def _scores(
+        self,
+        folder: str,
+        title: str,
+        player: Player,
+        examples: Sequence[TokenizedExample],
+        others: Mapping[str, Answers],
+    ) -> Scores:
+        """A player's log-probs, by the forward pass of training, shard by shard."""
+        inputs = self._inputs(
+            player=player.hash,
+            data=self._data_hash,
+            others={source: answers.hash for source, answers in others.items()},
+            precision=self._precision,
+        )
+        each = 1 + sum(len(answers[0]) for answers in others.values() if answers)
+
+        def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
+            rows = []
+            for place in shard:
+                ids = {source: [r.token_ids for r in answers[place]] for source, answers in others.items()}
+                rows.append((examples[place], ids))
+            return self._score_shard(player, rows, on_progress)
+
+        rows, name = self._shards(folder, title, len(examples), each, inputs, make)
+        return Scores(
+            real=[row["real"] for row in rows],
+            others={source: [row["others"][source] for row in rows] for source in others},
+            hash=name,
+        )
+
+    def _score_shard(
+        self,
+        player: Player,
+        rows: Sequence[tuple[TokenizedExample, dict[str, list[list[int]]]]],
+        on_progress: OnProgress,
+    ) -> list[dict[str, Any]]:
+        """Each different response of an example once."""
+        different = [
+            list(dict.fromkeys(map(tuple, [example.real_ids, *chain.from_iterable(others.values())])))
+            for example, others in rows
+        ]
+        groups = [Group(example.prompt_ids, ids) for (example, _), ids in zip(rows, different, strict=True)]
+        logprobs: list[dict[tuple[int, ...], float]] = [{} for _ in rows]
+        self.close()
+        method, model = self.settle_method(player), self.players.opponent(player)
+        tokens_per_pass = self._tokens_per_pass(training=False)
+        with self.players.autocast():
+            for places, values in score_groups(model, groups, method, tokens_per_pass, self.renderer.pad_id):
+                for place, scored in zip(places, values, strict=True):
+                    logprobs[place] = dict(zip(different[place], scored, strict=True))
+                tokens = count_tokens([groups[place] for place in places], method.layout)
+                on_progress(tokens, sum(map(len, values)))
+        return [
+            {
+                "id": example.id,
+                "real": known[tuple(example.real_ids)],
+                "others": {source: [known[tuple(ids)] for ids in answers] for source, answers in others.items()},
+            }
+            for (example, others), known in zip(rows, logprobs, strict=True)
+        ]
+
+    def _tokens_per_pass(self, training: bool) -> int:
+        return tokens_per_pass(self.recipe.tokens_per_pass, self.players.device.type != "cpu", training)
+
+    def settle_method(self, player: Player) -> Method:
+        """How log-probs are computed: the fastest way that is right for the model, found out once in a run."""
+        if self._chosen_method is None:
+            examples = self.data.train
+            inputs = self._inputs("model", "adapter", "layout", data=self._data_hash, precision=self._precision)
+            artifact = self.run.artifact("layout.json", "data", inputs)
+            with self.processes.main_process_first():  # which copies it, in a forked run
+                is_settled = artifact.is_committed()
+            method = Method(**read_json(artifact.path)) if is_settled else self._choose_method(player, examples)
+            self.processes.wait_for_everyone()
+            if self.processes.is_main_process and not is_settled:
+                with artifact.staging() as place:
+                    write_json(place, asdict(method))
+            self.processes.wait_for_everyone()
+            self.progress.say(f"layout: {method.layout}{f' ({method.reason})' if method.reason else ''}")
+            self._chosen_method = method
+        return self._chosen_method
+
+    def _choose_method(self, player: Player, examples: Sequence[TokenizedExample]) -> Method:
+        layouts = LAYOUTS if self.recipe.layout == "auto" else (self.recipe.layout,)
+        groups = _telling_groups(examples, self.recipe.generation.max_new_tokens)
+        model = self.players.opponent(player)
+        with self.players.autocast():
+            return choose_method(model, groups, self.renderer.pad_id, self.players.compute_dtype, layouts)
+
+    def _shards(
+        self,
+        folder: str,
+        title: str,
+        count: int,
+        each: int,
+        inputs: Inputs,
+        make: Callable[[range, OnProgress], list[dict[str, Any]]],
+    ) -> tuple[list[dict[str, Any]], str]:
+        """Rows for `count` examples with `each` responses, and their hash; the processes share out the shards."""
+        size, stage = self.recipe.generation.shard_size, _stage(title)
+        shards = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        artifacts = [
+            self.run.artifact(f"{folder}/{number:05d}.jsonl", stage, {**inputs, "shard": [number, size]})
+            for number in range(len(shards))
+        ]
+        mine = range(self.processes.process_index, len(shards), self.processes.num_processes)
+        missing = [number for number in mine if self._needs_making(artifacts[number])]
+        if missing:
+            total = each * sum(len(shards[number]) for number in missing)
+            with self._timed(folder) as timing, self.progress.task(title, total, "responses") as task:
+                for number in missing:
+                    finished = task.done + each * len(shards[number])
+                    rows = make(shards[number], task.advance)
+                    with artifacts[number].staging() as place:
+                        write_jsonl(place, rows)
+                    task.advance(0, finished - task.done)
+                timing["tokens"] = task.tokens
+        self.processes.wait_for_everyone()
+        rows = [row for artifact in artifacts for row in read_jsonl(artifact.path)]
+        return rows, digest([artifact.hash for artifact in artifacts])
+
+    def _train(
+        self,
+        folder: str,
+        name: str,
+        title: str,
+        start: Player,
+        inputs: Inputs,
+        make_trainer: Callable[[Any, Path, Method], Any],
+        candidates: str | None = None,
+    ) -> Player:
+        """Train from a player's weights, or go on at the last checkpoint, and commit the result.
+
+        Args:
+            folder: Where, in the run directory.
+            name: The player's.
+            title: What is shown.
+            start: Whose weights.
+            inputs: What the result is made from.
+            make_trainer: From the model, where checkpoints go, and how log-probs are computed.
+            candidates: Commit the weights at each checkpoint here, and the result as the last of them.
+        """
+        stage = _stage(title)
+        log = self.run.artifact(f"{folder}/training.jsonl", stage, inputs)
+        weights = self.run.artifact(f"{candidates}/last" if candidates else self._weights_key(folder), stage, inputs)
+        with self.processes.main_process_first():  # which copies them, in a forked run
+            missing = [artifact for artifact in (log, weights) if self._needs_making(artifact)]
+        if missing:
+            self.close()
+            checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
+            with self._timed(folder), self._tracked(folder):
+                method = self.settle_method(start)
+                model = self.players.main_player(start, seed=self._seed(folder))
+                trainer = make_trainer(model, checkpoints, method)
+                if candidates is not None:
+                    trainer.add_callback(EachCheckpoint(partial(self._commit_candidate, trainer, candidates, inputs)))
+                rows = train_resumably(trainer, lambda *logged: self.progress.training(title, *logged))
+                self._commit_training(trainer, rows, log, weights)
+                sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+            del trainer  # with its optimiser, before anything else is loaded
+            if sharded:
+                self.players.forget()
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            self.run.remove_checkpoints(folder)
+        return Player(name, weights.path, weights.hash)
+
+    def _commit_training(self, trainer: Any, rows: list[dict[str, Any]], log: Artifact, weights: Artifact) -> None:
+        if self.processes.is_main_process:
+            with log.staging() as place:
+                write_jsonl(place, rows)
+        self._commit_weights(trainer, weights)
+
+    def _commit_candidate(self, trainer: Any, candidates: str, inputs: Inputs, step: int) -> None:
+        """The weights at a checkpoint, but for the last one's, which are the result."""
+        artifact = self.run.artifact(f"{candidates}/{step:06d}", "train", {**inputs, "step": step})
+        if step < trainer.state.max_steps and not artifact.is_committed():
+            self._commit_weights(trainer, artifact)
+
+    def _commit_weights(self, trainer: Any, weights: Artifact) -> None:
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        if self.processes.is_main_process:
+            with weights.staging() as place:
+                self.players.save(model, place, state_dict)
+
+    def _weights_key(self, folder: str) -> str:
+        """Of the artifact that holds what was trained there."""
+        return f"{folder}/{'adapter' if self.recipe.adapter is not None else 'model'}"
+
+    def _training_arguments(
+        self, kind: type[Any], section: SFTSection | TrainingSection, folder: str, directory: Path, **settings: Any
+    ) -> Any:
+        return kind(
+            **section.arguments()
+            | settings
+            | {
+                "output_dir": str(directory),
+                "seed": self._seed(folder),
+                "use_cpu": self.players.device.type == "cpu",
+                "logging_strategy": "steps",
+                "save_strategy": "steps",
+                "disable_tqdm": True,
+            }
+        )
+
+    def _check_trainer_settings(self) -> None:
+        """Refuse now what transformers' Trainer would refuse when much is done already."""
+        for name, section in (("sft", self.recipe.sft), ("training", self.recipe.training)):
+            if section is not None:
+                try:
+                    args = self._training_arguments(
+                        Arguments, section, name, self.run.path, learning_rate=1.0, num_train_epochs=1.0
+                    )
+                    get_reporting_integration_callbacks(args.report_to)
+                except (ValueError, TypeError, ImportError, RuntimeError) as error:
+                    raise UserError(f"{name}: transformers' Trainer refuses these settings: {error}") from None
+
+    def _seed(self, folder: str) -> int:
+        """Of one training: of its adapter, its order of pairs, its dropout."""
+        return request_seed(self.recipe.seed, folder) % 2**31
+
+    def _inputs(self, *sections: str, **values: Any) -> dict[str, Any]:
+        """What an artifact is made from: recipe sections and other values."""
+        return self.recipe.model_dump(include=set(sections), mode="json") | values
+
+    def _needs_making(self, artifact: Artifact) -> bool:
+        if artifact.is_committed():
+            return False
+        if self.run.has_record(artifact.key):
+            self._changed(artifact)
+        if self._only is not None and artifact.stage not in self._only:
+            command = COMMANDS.get(artifact.stage, artifact.stage)
+            raise UserError(
+                f"{artifact.path}: missing; the stage {artifact.stage!r} makes it: run spinlm {command} first"
+            )
+        return True
+
+    def _changed(self, artifact: Artifact) -> None:
+        """A committed artifact's inputs are others now: nothing is replaced unless that was asked for."""
+        recorded, wanted = self.run.record(artifact.key)["inputs"], canonical(artifact.inputs)
+        keys = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
+        changed = f"{artifact.path}: was made from something else than what is there now ({', '.join(keys)})"
+        if not self._repair:
+            raise UserError(
+                f"{changed}: has the model or the dataset been changed? Put it back, or start a new run "
+                "(--fork NEW_RUN keeps what still holds); --repair makes it anew here."
+            )
+        self.progress.say(f"{changed}, so it is made anew")
+
+    @contextmanager
+    def _tracked(self, folder: str) -> Iterator[None]:
+        """Trackers that write files do so in the run directory, where they stay when checkpoints go."""
+        before = os.environ.get("TENSORBOARD_LOGGING_DIR")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(self.run.path / "trackers" / folder)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TENSORBOARD_LOGGING_DIR"]
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[dict[str, Any]]:
+        """Add a line to timings.jsonl, which is the only file where two equal runs differ."""
+        timing: dict[str, Any] = {"what": what}
+        started = time.perf_counter()
+        try:
+            yield timing
+        finally:
+            if self.processes.is_main_process:
+                timing["seconds"] = round(time.perf_counter() - started, 3)
+                with (self.run.path / "timings.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(timing) + "\n")
+
+
+def prepare_data(recipe: Recipe, players: Players, renderer: Renderer) -> Split:
+    """The dataset as a run uses it, read from its source.
+
+    Raises:
+        UserError: It can't be read, or doesn't fit the recipe.
+    """
+    check_vocabulary(players.tokenizer, players.config)
+    examples, dropped = load_examples(recipe.data)
+    split = prepare(examples, dropped, renderer, recipe.data, recipe.seed)
+    _check_measure(recipe, split)
+    return split
+
+
+def check_context(recipe: Recipe, context: int | None) -> None:
+    """Refuse lengths that the model can't take.
+
+    Raises:
+        UserError: With both numbers.
+    """
+    data, new = recipe.data, recipe.generation.max_new_tokens
+    if context is None:
+        return
+    if data.max_length > context:
+        raise UserError(
+            f"data.max_length: {data.max_length} tokens of prompt and response, but {recipe.model.name} takes "
+            f"{context}: lower data.max_length"
+        )
+    if data.max_prompt_tokens + new > context:
+        raise UserError(
+            f"data.max_prompt_tokens + generation.max_new_tokens: {data.max_prompt_tokens} + {new} tokens, but "
+            f"{recipe.model.name} takes {context}: lower one of them"
+        )
+
+
+def _check_measure(recipe: Recipe, split: Split) -> None:
+    select_by = recipe.evaluation.select_by
+    if select_by.startswith("accuracy") and any(example.verifier is None for example in split.held_out):
+        raise UserError(
+            f"evaluation.select_by: {select_by} can't be measured, since {recipe.data.source} has no verifier; "
+            "choose real_nll, truncation_rate or repetition_rate"
+        )
+
+
+def _telling_groups(examples: Sequence[TokenizedExample], longest_response: int) -> list[Group]:
+    """Each prompt with its real response and, as a second one, what fits of another example's.
+
+    The longest group's is as long as a response can be: there a model's window may begin to tell.
+    """
+    partners = [*examples[1:], *examples[:1]]
+    groups = [
+        Group(one.prompt_ids, [one.real_ids, other.real_ids[: len(one.real_ids)]])
+        for one, other in zip(examples, partners, strict=True)
+    ]
+    longest = max(range(len(groups)), key=lambda place: count_tokens([groups[place]], "shared"))
+    prompt, (real, _) = groups[longest].prompt_ids, groups[longest].responses
+    groups[longest] = Group(prompt, [real, list(islice(cycle(partners[longest].real_ids), longest_response))])
+    return groups
+
+
+def _stage(title: str) -> str:
+    """`iteration 0: generate` and `base: evaluate (greedy)` name the stages generate and evaluate."""
+    return title.rpartition(": ")[2].partition(" (")[0]
