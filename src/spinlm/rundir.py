@@ -29,6 +29,10 @@ Inputs = Mapping[str, Any]
 """What an artifact is made from: JSON values and the hashes of other artifacts."""
 
 
+STOPPED = "stopped.json"
+"""The artifact that says after how many iterations the loop ended, where that wasn't the last, and why."""
+
+
 class CorruptArtifact(UserError):
     """A committed artifact whose files are missing or are not what was committed."""
 

@@ -36,6 +36,7 @@ from spinlm.results import (
     regenerated,
 )
 from spinlm.rundir import (
+    STOPPED,
     Artifact,
     Inputs,
     digest,
@@ -49,9 +50,6 @@ from spinlm.training.regeneration import RegeneratingTrainer
 from spinlm.training.sft import SFTTrainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 from spinlm.workshop import Workshop
-
-STOPPED = "stopped.json"
-"""Why the loop ended before its last iteration, and after how many."""
 
 
 class Stages(Workshop):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from spinlm.config import Recipe
-from spinlm.rundir import RunDir, read_jsonl
+from spinlm.rundir import STOPPED, RunDir, read_json, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def status(run: RunDir) -> list[StageStatus]:
         add_evaluation("base")
         if recipe.sft is not None:
             add_evaluation("sft")
-    for t in range(recipe.iterations):
+    for t in range(iterations_to_play(run, recipe)):
         add(f"iteration {t}: generate", f"iterations/{t}/synthetic", train_shards)
         add(f"iteration {t}: score", f"iterations/{t}/opponent_logprobs", train_shards)
         add_training(f"iteration {t}: train", f"iterations/{t}")
@@ -77,6 +77,11 @@ def status(run: RunDir) -> list[StageStatus]:
         add_training("control", "control")
         add_evaluation("control")
     return stages
+
+
+def iterations_to_play(run: RunDir, recipe: Recipe) -> int:
+    """The recipe's, or as many as were played when the run stopped."""
+    return int(read_json(run.path / STOPPED)["iterations"]) if run.has_record(STOPPED) else recipe.iterations
 
 
 def _shards(run: RunDir, part: str, recipe: Recipe) -> int:
