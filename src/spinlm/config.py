@@ -379,6 +379,34 @@ class StopSection(Section):
         return self.patience is not None or self.min_discriminability is not None
 
 
+class WarningsSection(Section):
+    """From where on an iteration is warned about; null switches a warning off.
+
+    Attributes:
+        real_nll_rise: Nats a token that the held-out real responses may become less likely by.
+        early_reward_accuracy: Above this in the first fifth of the steps, there is a shortcut.
+        late_reward_accuracy: Below this in the last fifth, nothing is told apart.
+        length_ratio: Of synthetic and real lengths, whichever is longer.
+        truncation_rate: Share of synthetic responses cut at the cap.
+        repetition_excess: Repeated 4-grams in synthetic responses beyond those in real ones.
+        diversity_ratio: Distinct-2 of synthetic responses over that of real ones, below which they are too alike.
+        identical_share: Of synthetic responses that equal the real one.
+        grad_norm_ratio: Of the largest gradient norm to the median.
+        drift: Nats a token from the starting player, on held-out prompts.
+    """
+
+    real_nll_rise: float | None = Field(0.0, ge=0)
+    early_reward_accuracy: float | None = Field(0.95, gt=0, lt=1)
+    late_reward_accuracy: float | None = Field(0.55, gt=0, lt=1)
+    length_ratio: float | None = Field(1.5, gt=1)
+    truncation_rate: float | None = Field(0.1, ge=0, lt=1)
+    repetition_excess: float | None = Field(0.1, ge=0, lt=1)
+    diversity_ratio: float | None = Field(0.7, gt=0)
+    identical_share: float | None = Field(0.5, gt=0, lt=1)
+    grad_norm_ratio: float | None = Field(10.0, gt=1)
+    drift: float | None = Field(0.5, gt=0)
+
+
 class Recipe(Section):
     """Everything a run is told.
 
@@ -408,6 +436,7 @@ class Recipe(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     stop: StopSection = StopSection()
+    warnings: WarningsSection = WarningsSection()
 
     @model_validator(mode="before")
     @classmethod

@@ -120,22 +120,26 @@ def regenerated(pair: Pair, response: Response) -> Pair:
 
 
 def held_out_margins(
-    examples: Sequence[TokenizedExample], opponent: Evaluation, scores: Scores, beta: float
+    examples: Sequence[TokenizedExample], opponent: Evaluation, scores: Scores, beta: float, length_normalised: bool
 ) -> list[list[float]]:
     """A main player's held-out margins of each real response against those fresh ones of its opponent that differ."""
     margins = []
     for place, example in enumerate(examples):
-        real_logratio = scores.real[place] - opponent.scores.real[place]
+        real = (scores.real[place] - opponent.scores.real[place]) / _divisor(example.real_ids, length_normalised)
         responses = opponent.sampled[place]
         logprobs = zip(scores.others["opponent"][place], opponent.scores.others["own"][place], strict=True)
         margins.append(
             [
-                beta * (real_logratio - (mine - theirs))
+                beta * (real - (mine - theirs) / _divisor(response.token_ids, length_normalised))
                 for response, (mine, theirs) in zip(responses, logprobs, strict=True)
                 if response.token_ids != example.real_ids
             ]
         )
     return margins
+
+
+def _divisor(ids: Sequence[int], length_normalised: bool) -> int:
+    return len(ids) if length_normalised else 1
 
 
 def held_out_examples(

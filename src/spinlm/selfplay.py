@@ -33,6 +33,7 @@ def play(stages: Stages) -> list[Evaluation]:
         if iteration + 1 < stages.recipe.iterations and not stages.recipe.stop.is_asked_for:
             synthetic[iteration + 1] = stages.generate(iteration + 1, main_player)
         evaluations.append(evaluate(stages, iteration, main_player, evaluations[-1]))
+        stages.diagnose(iteration, synthetic[iteration], evaluations[-1], evaluations[-2])
         if reason := stages.reason_to_stop(evaluations):
             stages.stop(iteration + 1, reason)
             break
@@ -81,6 +82,8 @@ def evaluate_alone(stages: Stages, iterations: Sequence[int]) -> list[Evaluation
     evaluations = evaluate_starting_players(stages)
     for iteration in iterations:
         evaluations.append(evaluate(stages, iteration, stages.opponent_of(iteration + 1), evaluations[-1]))
+        answers = stages.generate(iteration, stages.opponent_of(iteration))
+        stages.diagnose(iteration, answers, evaluations[-1], evaluations[-2])
     if stages.has_control():
         evaluations.append(stages.evaluate(stages.control(stages.starting_player())))
     return evaluations

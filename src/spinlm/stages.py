@@ -13,6 +13,7 @@ from typing import Any
 from spinlm.config import SFTSection, at
 from spinlm.data.pairs import Pair, drop_identical
 from spinlm.errors import UserError
+from spinlm.evaluation.diagnostics import Said, of_held_out, of_pairs, of_training, warnings
 from spinlm.evaluation.measures import (
     HeldOutExample,
     chosen_measure,
@@ -311,23 +312,22 @@ class Stages(Workshop):
         sampled, greedy = self.answer(player)
         others = {} if opponent is None else {"opponent": opponent.sampled}
         scores = self._scores(f"{folder}/logprobs", f"{title} (log-probs)", player, held_out, {"own": sampled} | others)
+        per_token = self.recipe.training.length_normalised
         start_scores = None
         if opponent is not None:
             start, own = self.starting_player(), {"own": sampled}
             start_scores = self._scores(f"{folder}/start_logprobs", f"{title} (drift)", start, held_out, own)
+        scored = [scores, None if opponent is None else opponent.scores, start_scores]
         inputs = {
             "answers": [answers.hash for answers in (sampled, greedy) if answers is not None],
-            "scores": [
-                scores.hash,
-                None if opponent is None else opponent.scores.hash,
-                None if start_scores is None else start_scores.hash,
-            ],
+            "scores": [None if part is None else part.hash for part in scored],
             "beta": beta,
+            "length_normalised": per_token,
         }
         rows = self.run.artifact(f"{folder}/examples.jsonl", "evaluate", inputs)
         measures = self.run.artifact(f"{folder}/measures.json", "evaluate", inputs)
         if self.processes.is_main_process and (self._needs_making(rows) or self._needs_making(measures)):
-            margins = None if opponent is None else held_out_margins(held_out, opponent, scores, beta)
+            margins = None if opponent is None else held_out_margins(held_out, opponent, scores, beta, per_token)
             examples = held_out_examples(held_out, sampled, greedy, scores, start_scores, margins)
             with rows.staging() as place:
                 write_jsonl(place, [asdict(example) for example in examples])
@@ -336,6 +336,41 @@ class Stages(Workshop):
         self.processes.wait_for_everyone()
         examples = [HeldOutExample.of(row) for row in read_jsonl(rows.path)]
         return Evaluation(player, sampled, greedy, scores, examples, read_json(measures.path))
+
+    def diagnose(self, iteration: int, answers: Answers, player: Evaluation, opponent: Evaluation) -> None:
+        """What an iteration's pairs, its training and its held-out examples say, kept and, where it is amiss, shown."""
+        folder = f"iterations/{iteration}"
+        inputs = {
+            "answers": answers.hash,
+            "training": self.run.hash(f"{folder}/training.jsonl"),
+            "examples": [self.run.hash(f"evaluation/{e.player.name}/examples.jsonl") for e in (opponent, player)],
+            "limits": self.recipe.warnings.model_dump(),
+        }
+        artifact = self.run.artifact(f"{folder}/diagnostics.json", "evaluate", inputs)
+        if not self.processes.is_main_process or not self._needs_making(artifact):
+            return
+        pairs, identical = self._said(answers)
+        values = of_pairs(pairs, identical, self.renderer.markers())
+        values |= of_training(read_jsonl(self.run.path / f"{folder}/training.jsonl"))
+        values |= of_held_out(player.examples, opponent.examples)
+        warned = warnings(values, self.recipe.warnings)
+        with artifact.staging() as place:
+            write_json(place, {"values": values, "warnings": [asdict(one) for one in warned]})
+        for one in warned:
+            self.progress.say(f"warning, iteration {iteration}: {one.title}. {one.message} {one.remedy}")
+
+    def _said(self, answers: Answers) -> tuple[list[tuple[Said, Said]], int]:
+        """Real and synthetic responses side by side where they differ, and how many don't."""
+        text = self.renderer.text_with_specials
+        pairs, identical = [], 0
+        for example, responses in zip(self.played, answers.responses, strict=True):
+            real = Said(example.real_ids, False, text(example.real_ids))
+            for response in responses:
+                ids, truncated = response.token_ids, response.finish_reason == "length"
+                identical += ids == example.real_ids
+                if ids != example.real_ids:
+                    pairs.append((real, Said(ids, truncated, text(ids))))
+        return pairs, identical
 
     def reason_to_stop(self, evaluations: Sequence[Evaluation]) -> str | None:
         """Why there should be no further iteration after the one that was evaluated last, if so."""

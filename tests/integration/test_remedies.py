@@ -93,6 +93,19 @@ def test_the_noise_contrastive_loss_starts_with_two_even_guesses(place: Path) ->
     assert _start(run, 0)["start_loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
 
 
+def test_per_token_log_probs_are_what_held_out_margins_are_made_of(place: Path) -> None:
+    run = _run(place, "per-token", iterations=1, training={"length_normalised": True, "beta": 5.0})
+    data = rows(run / "data/held_out.jsonl")
+    players = [_scores(run, f"evaluation/{name}/logprobs") for name in ("iteration-0", "sft")]
+    said = _scores(run, "evaluation/sft/sampled")
+    found = rows(run / "evaluation/iteration-0/examples.jsonl")
+    for example, mine, theirs, answers, row in zip(data, *players, said, found, strict=True):
+        real = (mine["real"] - theirs["real"]) / len(example["real_ids"])
+        ids = answers["responses"][0]["token_ids"]
+        other = (mine["others"]["opponent"][0] - theirs["others"]["own"][0]) / len(ids)
+        assert row["margins"] == pytest.approx([5.0 * (real - other)])
+
+
 class TestRegeneration:
     CHANGES: ClassVar[dict[str, Any]] = {
         "iterations": 1,

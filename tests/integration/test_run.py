@@ -21,6 +21,7 @@ def _artifacts() -> dict[str, list[str]]:
         artifacts[f"{folder}/training.jsonl"] = [f"{folder}/training.jsonl"]
         artifacts[f"{folder}/adapter"] = [f"{folder}/adapter/{name}" for name in ADAPTER]
     for t in (0, 1):
+        artifacts[f"iterations/{t}/diagnostics.json"] = [f"iterations/{t}/diagnostics.json"]
         for kind in ("synthetic", "opponent_logprobs"):
             artifacts |= {key: [key] for shard in SHARDS for key in [f"iterations/{t}/{kind}/{shard}"]}
     for player in PLAYERS:

@@ -386,13 +386,16 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "generation": config.GenerationSection,
     "training": TrainingSection,
     "evaluation": config.EvaluationSection,
+    "stop": config.StopSection,
+    "warnings": config.WarningsSection,
 }
 PASSED_ON = {
     "adapter": set(config.AdapterSection.model_fields),
     "sft": set(TrainerSection.model_fields),
-    "training": set(TrainerSection.model_fields),
+    "training": {*TrainerSection.model_fields, *config.OBJECTIVE_KEYS},
+    "warnings": set(config.WarningsSection.model_fields),
 }
-"""Read by nobody here: peft's LoraConfig and transformers' TrainingArguments get these by their own names."""
+"""Read by their own names elsewhere: by peft's LoraConfig, transformers' TrainingArguments, the Objective, the CHECKS."""
 
 FIELDS = [(section, field) for section, schema in SECTIONS.items() for field in schema.model_fields]
 
@@ -415,7 +418,7 @@ def test_every_field_has_a_reader(section: str, field: str) -> None:
 def test_every_field_is_documented(section: str, field: str) -> None:
     documented = (ROOT / "docs" / "recipe.md").read_text("utf-8")
     name = f"{section}.{field}" if section else field
-    sections = {"model", "adapter", "data", "prompt", "sft", "generation", "training", "evaluation"}
+    sections = {"model", "adapter", "data", "prompt", "sft", "generation", "training", "evaluation", "stop", "warnings"}
     trainers = section == "sft" and field in TrainerSection.model_fields
     wanted = f"## `{name}`" if name in sections else f"| `training.{field}` |" if trainers else f"| `{name}` |"
     assert wanted in documented, f"docs/recipe.md says nothing about {name}"

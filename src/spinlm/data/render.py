@@ -92,6 +92,20 @@ class Renderer:
         """The words of a response, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def text_with_specials(self, ids: Sequence[int]) -> str:
+        """A response with its special tokens, but for the one that ended it."""
+        words = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        return str(self.tokenizer.decode(list(words), skip_special_tokens=False))
+
+    def markers(self) -> list[str]:
+        """The lines that the template puts around a user's turn, which a response shouldn't have."""
+        try:
+            around = self._prompt_text([{"role": "user", "content": _PROBE}]).split(_PROBE)
+        except RenderError:
+            return []
+        lines = (line.strip() for part in around for line in part.splitlines())
+        return list(dict.fromkeys(line for line in lines if len(line) > 2))
+
     def _set_chat_template(self, prompt: PromptSection) -> None:
         if prompt.chat_template is not None:
             self.tokenizer.chat_template = prompt.chat_template
