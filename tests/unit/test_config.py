@@ -395,7 +395,7 @@ PASSED_ON = {
     "training": {*TrainerSection.model_fields, *config.OBJECTIVE_KEYS},
     "warnings": set(config.WarningsSection.model_fields),
 }
-"""Read by their own names elsewhere: by peft's LoraConfig, transformers' TrainingArguments, the Objective, the CHECKS."""
+"""Read by their names: by peft's LoraConfig, transformers' TrainingArguments, the Objective, the CHECKS of warnings."""
 
 FIELDS = [(section, field) for section, schema in SECTIONS.items() for field in schema.model_fields]
 

@@ -212,7 +212,8 @@ def _told_at_once(values: Values, limit: float) -> str | None:
     feature = max(shares, key=lambda name: shares[name])
     if shares[feature] < TELLING:
         return f"{said} None of the simple features explains it ({', '.join(FEATURES.values())})."
-    return f"{said} The shortcut seems to be the {FEATURES[feature]}: it alone tells {shares[feature]:.0%} of the pairs apart."
+    alone = f"it alone tells {shares[feature]:.0%} of the pairs apart"
+    return f"{said} The shortcut seems to be the {FEATURES[feature]}: {alone}."
 
 
 def _not_told(values: Values, limit: float) -> str | None:
