@@ -20,9 +20,10 @@ import tiny
 from spinlm.data.pairs import Group, Pair
 from spinlm.errors import UserError
 from spinlm.players.layouts import Layout
-from spinlm.players.logprobs import Method
+from spinlm.players.logprobs import Method, scoring
 from spinlm.training import spin_trainer
 from spinlm.training.checkpoints import NonFiniteLoss, last_checkpoint, train_resumably
+from spinlm.training.losses import Objective, PairLogprobs
 from spinlm.training.spin_trainer import PromptSampler, SPINConfig, SPINTrainer, WrongOpponent
 from unit.players.families import build_model
 
@@ -122,6 +123,59 @@ def test_a_synthetic_text_cut_at_the_cap_gets_no_end_of_turn(tmp_path: Path) -> 
     assert ended.synthetic_ids == [*cut.synthetic_ids, tiny.IM_END]
     assert ended.real_ids == cut.real_ids
     assert (cut.synthetic_truncated, ended.synthetic_truncated) == (True, False)
+
+
+def test_the_starting_players_response_and_another_reference_are_read(tmp_path: Path) -> None:
+    row = _separable()[2] | {
+        "initial": "3 xyz",
+        "opponent_real_logprob": -1.0,
+        "opponent_synthetic_logprob": -2.0,
+        "reference_real_logprob": -3.0,
+        "reference_synthetic_logprob": -4.0,
+    }
+    pair = _trainer(tmp_path, [row]).train_dataset[0]
+    assert pair.initial_ids == [*b"3 xyz", tiny.IM_END]
+    assert pair.reference_logprobs == (-3.0, -4.0)
+    as_ids = {name: getattr(pair, name) for name in ("prompt_ids", "real_ids", "synthetic_ids", "initial_ids")}
+    assert _trainer(tmp_path, [as_ids]).train_dataset[0].initial_ids == pair.initial_ids
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "hinge", "beta": 0.5, "nll_weight": 0.3},
+        {"loss": "logistic", "beta": 2.0, "length_normalised": True},
+        {"loss": "noise_contrastive", "beta": 0.2, "noise_ratio": 3.0},
+        {"loss": "triplet", "beta": 0.05, "history_weight": 0.4},
+        {"loss": "triplet", "beta": 2.0, "length_normalised": True, "nll_weight": 0.1},
+    ],
+)
+def test_what_is_minimised_is_the_objective_of_naive_log_probs(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = [row | {"initial_ids": row["real_ids"][::-1] + [7] * i} for i, row in enumerate(_token_rows(3))]
+    trainer = _trainer(tmp_path, rows, **settings)
+    with torch.no_grad():  # now the main player
+        for parameter in trainer.model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    pairs: list[Pair] = list(trainer.train_dataset)
+
+    def logprobs(name: str) -> Tensor:
+        return torch.tensor([_logprob(trainer.model, p.prompt_ids, getattr(p, name)) for p in pairs])
+
+    def lengths(name: str) -> Tensor:
+        return torch.tensor([float(len(getattr(p, name))) for p in pairs])
+
+    reference_real, reference_synthetic = zip(*(pair.reference_logprobs for pair in pairs), strict=True)
+    expected = Objective(**settings)(
+        PairLogprobs(
+            *(logprobs(name) for name in ("real_ids", "synthetic_ids", "initial_ids")),
+            torch.tensor(reference_real),
+            torch.tensor(reference_synthetic),
+            *(lengths(name) for name in ("real_ids", "synthetic_ids", "initial_ids")),
+        )
+    ).mean()
+    with scoring(trainer.model, trainer.method):
+        loss = trainer.compute_loss(trainer.model, trainer.lay_out(pairs))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_opponent_is_the_model_at_construction(tmp_path: Path) -> None:
