@@ -208,7 +208,9 @@ class Stages(Workshop):
             return self._train(folder, name, title, opponent, inputs, make_trainer)
         inputs |= {"keep": "best", "measure": self.chosen_measure, "held_out": self._data_hash}
         weights = self.run.artifact(self._weights_key(folder), "train", inputs)
-        if self._needs_making(weights):
+        with self.processes.main_process_first():  # which copies them, in a forked run
+            is_missing = self._needs_making(weights)
+        if is_missing:
             last = self._train(folder, name, title, opponent, inputs, make_trainer, f"{folder}/candidates")
             self._commit_best(folder, title, last, weights)
         self._forget(f"{folder}/candidates/", f"{folder}/choosing/")

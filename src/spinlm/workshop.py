@@ -356,7 +356,7 @@ class Workshop:
     def _commit_candidate(self, trainer: Any, candidates: str, inputs: Inputs, step: int) -> None:
         """The weights at a checkpoint, but for the last one's, which are the result."""
         artifact = self.run.artifact(f"{candidates}/{step:06d}", "train", {**inputs, "step": step})
-        if step < trainer.state.max_steps and not artifact.is_committed():
+        if self.processes.is_main_process and step < trainer.state.max_steps and not artifact.is_committed():
             self._commit_weights(trainer, artifact)
 
     def _commit_weights(self, trainer: Any, weights: Artifact) -> None:
@@ -388,7 +388,12 @@ class Workshop:
         )
 
     def _check_trainer_settings(self) -> None:
-        """Refuse now what transformers' Trainer would refuse when much is done already."""
+        """Refuse now what a trainer would refuse when much is done already."""
+        if self.recipe.training.regenerate_every is not None and self.processes.num_processes > 1:
+            raise UserError(
+                f"training.regenerate_every: works in one process, and this run has {self.processes.num_processes}: "
+                "leave it out, or start without torchrun"
+            )
         for name, section in (("sft", self.recipe.sft), ("training", self.recipe.training)):
             if section is not None:
                 try:

@@ -21,6 +21,7 @@ from integration.command import (
     refused,
     rows,
     spinlm,
+    spinlm_process,
     succeeded,
     write_recipe,
 )
@@ -212,6 +213,13 @@ class TestStop:
         assert found < 0.999
         assert stopped["iterations"] == 1
         assert f"on only {found:.0%} of the held-out pairs" in stopped["reason"]
+
+
+def test_regeneration_in_several_processes_is_refused(place: Path) -> None:
+    two = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
+    outcome = spinlm_process("run", "recipe.yaml", "training.regenerate_every=2", cwd=place, launcher=two)
+    assert outcome.code != 0
+    assert "spinlm: training.regenerate_every: works in one process, and this run has 2" in outcome.err
 
 
 @pytest.mark.parametrize(
