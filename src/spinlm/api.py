@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
 from spinlm.reporting.report import Report, Sample, model_card, verdict
-from spinlm.reporting.summary import is_iteration, summarise
+from spinlm.reporting.summary import summarise
 from spinlm.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
@@ -131,16 +131,11 @@ def _unlocked() -> Iterator[None]:
 
 
 def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
-    """Name the latest and the best iteration, write the report and show it."""
+    """Write the report and show it."""
     if not stages.processes.is_main_process:
         return
     run_dir = stages.run
     summary = summarise(run_dir)
-    iterations = [e for e in evaluations if is_iteration(e.player.name)]
-    keys = {player.name: str(player.path.relative_to(run_dir.path)) for e in iterations if (player := e.player).path}
-    latest = iterations[-1].player.name
-    run_dir.point("latest", keys[latest])
-    run_dir.point("best", keys[summary.best or latest])
     report = Report(summary, _samples(stages, evaluations))
     (run_dir.path / "report.md").write_text(report.markdown(), encoding="utf-8")
     if stages.data.held_out:

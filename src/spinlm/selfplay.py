@@ -32,8 +32,7 @@ def play(stages: Stages) -> list[Evaluation]:
         main_player = stages.train(iteration, opponent, pairs)
         if iteration + 1 < stages.recipe.iterations and not stages.recipe.stop.is_asked_for:
             synthetic[iteration + 1] = stages.generate(iteration + 1, main_player)
-        evaluations.append(evaluate(stages, iteration, main_player, evaluations[-1]))
-        stages.diagnose(iteration, synthetic[iteration], evaluations[-1], evaluations[-2])
+        evaluations.append(evaluate(stages, iteration, main_player, evaluations[-1], synthetic[iteration]))
         if reason := stages.reason_to_stop(evaluations):
             stages.stop(iteration + 1, reason)
             break
@@ -54,9 +53,14 @@ def replayed(stages: Stages, iteration: int) -> range:
     return range(max(0, iteration - stages.recipe.training.replay), iteration + 1)
 
 
-def evaluate(stages: Stages, iteration: int, main_player: Player, opponent: Evaluation) -> Evaluation:
-    """Held-out measures of the main player, alone and against its opponent."""
-    return stages.evaluate(main_player, opponent, beta=at(stages.recipe.training.beta, iteration))
+def evaluate(
+    stages: Stages, iteration: int, main_player: Player, opponent: Evaluation, synthetic: Answers
+) -> Evaluation:
+    """Held-out measures of the main player, alone and against its opponent; what is amiss; who is best now."""
+    evaluation = stages.evaluate(main_player, opponent, beta=at(stages.recipe.training.beta, iteration))
+    stages.diagnose(iteration, synthetic, evaluation, opponent)
+    stages.point()
+    return evaluation
 
 
 def evaluate_starting_players(stages: Stages) -> list[Evaluation]:
@@ -69,9 +73,8 @@ def evaluate_starting_players(stages: Stages) -> list[Evaluation]:
 
 def train_alone(stages: Stages, iteration: int) -> Player:
     """One iteration's training on responses that are there already, for `spinlm train`."""
-    read = (
-        {0, *replayed(stages, iteration)} if stages.recipe.training.loss == "triplet" else replayed(stages, iteration)
-    )
+    with_initial = [0] if stages.recipe.training.loss == "triplet" else []
+    read = sorted({*with_initial, *replayed(stages, iteration)})
     synthetic = {t: stages.generate(t, stages.opponent_of(t)) for t in read}
     opponent = stages.opponent_of(iteration)
     return stages.train(iteration, opponent, score(stages, iteration, opponent, synthetic))
@@ -81,9 +84,9 @@ def evaluate_alone(stages: Stages, iterations: Sequence[int]) -> list[Evaluation
     """Every player of the iterations that are trained, and the control if it is, for `spinlm evaluate`."""
     evaluations = evaluate_starting_players(stages)
     for iteration in iterations:
-        evaluations.append(evaluate(stages, iteration, stages.opponent_of(iteration + 1), evaluations[-1]))
-        answers = stages.generate(iteration, stages.opponent_of(iteration))
-        stages.diagnose(iteration, answers, evaluations[-1], evaluations[-2])
+        synthetic = stages.generate(iteration, stages.opponent_of(iteration))
+        main_player = stages.opponent_of(iteration + 1)
+        evaluations.append(evaluate(stages, iteration, main_player, evaluations[-1], synthetic))
     if stages.has_control():
         evaluations.append(stages.evaluate(stages.control(stages.starting_player())))
     return evaluations

@@ -25,6 +25,7 @@ from spinlm.generation.engine import Request, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.players.logprobs import Method
 from spinlm.players.models import Player
+from spinlm.reporting.summary import iteration_of, summarise
 from spinlm.results import (
     Answers,
     Evaluation,
@@ -360,6 +361,14 @@ class Stages(Workshop):
             write_json(place, {"values": values, "warnings": [asdict(one) for one in warned]})
         for one in warned:
             self.progress.say(f"warning, iteration {iteration}: {one.title}. {one.message} {one.remedy}")
+
+    def point(self) -> None:
+        """Let `latest` and `best` point to the main players that are so by now."""
+        if self.processes.is_main_process:
+            latest = len(list(takewhile(self.is_trained, range(self.recipe.iterations)))) - 1
+            best = summarise(self.run).best
+            for name, iteration in (("latest", latest), ("best", latest if best is None else iteration_of(best))):
+                self.run.point(name, self._weights_key(f"iterations/{iteration}"))
 
     def _said(self, answers: Answers) -> tuple[list[tuple[Said, Said]], int]:
         """Real and synthetic responses side by side where they differ, and how many don't."""

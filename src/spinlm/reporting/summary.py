@@ -68,6 +68,11 @@ def is_iteration(name: str) -> bool:
     return name.startswith("iteration-")
 
 
+def iteration_of(name: str) -> int:
+    """The number of a main player's iteration."""
+    return int(name.removeprefix("iteration-"))
+
+
 def held_out_examples(run: RunDir, player: str) -> list[HeldOutExample]:
     """What a player makes of each held-out example."""
     return [HeldOutExample.of(row) for row in read_jsonl(run.path / f"evaluation/{player}/examples.jsonl")]
