@@ -138,7 +138,8 @@ def test_a_fork_with_another_seed_takes_over_nothing_random(place: Path) -> None
     succeeded(spinlm(*arguments, "seed=1", "--fork", "runs/new", cwd=place))
     old, new = place / "runs/recipe", place / "runs/new"
     assert "data" in _same(old, new, lambda record: record["hash"])
-    not_random = {f"evaluation/{player}/measures.json" for player in ("base", "sft", "iteration-0")}  # of nothing
+    players, names = ("base", "sft", "iteration-0"), ("examples.jsonl", "measures.json")
+    not_random = {f"evaluation/{player}/{name}" for player in players for name in names}  # of nothing
     not_random.add("layout.json")
     assert _same(old, new, lambda record: record["hash"]) == {"data"} | not_random
     assert _same(old, new, lambda record: record["inputs"]) <= not_random
