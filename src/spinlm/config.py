@@ -7,17 +7,16 @@ the nearest known one, so that a misspelt setting can't be ignored in silence.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from spinlm.errors import UserError
+from spinlm.errors import UserError, nearest
 
 Schedule = float | list[float]
 """One value for every iteration, or a list with a value for each."""
@@ -27,6 +26,9 @@ class Section(BaseModel):
     """A part of the recipe. Frozen: a run never changes its own recipe."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class ModelSection(Section):
@@ -501,7 +503,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         UserError: The file can't be read, isn't YAML, or doesn't fit the schema.
     """
     path = None if path is None else Path(path)
-    tree: dict[str, Any] = {} if path is None else _read_yaml(path)
+    tree: dict[str, Any] = {} if path is None else read_yaml(path, "recipe")
     for override in overrides:
         tree = _merged(tree, _parse_override(override))
     tree.setdefault("run_dir", _default_run_dir(path, tree))
@@ -514,24 +516,42 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         UserError: With one line for each key that doesn't fit.
     """
+    return validated(Recipe, tree, where)
+
+
+def validated(schema: type[SectionType], tree: Mapping[str, Any], where: str) -> SectionType:
+    """A tree of values as a schema has them.
+
+    Raises:
+        UserError: With one line for each key that doesn't fit.
+    """
     try:
-        return Recipe.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(problem), Recipe) for problem in error.errors()]
+        lines = [_explain(dict(problem), schema) for problem in error.errors()]
         raise UserError(f"{where}: " + "\n".join(dict.fromkeys(lines))) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Args:
+        path: The file.
+        what: What it is meant to be, for messages: `recipe`, …
+
+    Raises:
+        UserError: It can't be read, or holds something else.
+    """
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe file") from None
+        raise UserError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date like 2024-02-31
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections; this is {type(tree).__name__}")
+        raise UserError(f"{path}: a {what} is a mapping of sections; this is {type(tree).__name__}")
     return tree
 
 
@@ -613,8 +633,8 @@ def _known_keys(schema: type[BaseModel], place: Sequence[str]) -> Iterable[str]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else "; known keys: " + ", ".join(sorted(known))
+    known = sorted(known)
+    return nearest(name, known) or "; known keys: " + ", ".join(known)
 
 
 def _training_arguments() -> dict[str, Any]:

@@ -1,4 +1,9 @@
-"""The one error that a person is meant to read."""
+"""The one error that a person is meant to read, and words for it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -13,3 +18,9 @@ def first_line(error: Exception) -> str:
     """What another library says is wrong, without the pages that may follow."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def nearest(name: str, known: Iterable[str], count: int = 1) -> str:
+    """`; did you mean this or that?`, where something known is like the name; else nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from spinlm.config import DataSection, ReasoningGymSection
-from spinlm.errors import UserError, first_line
+from spinlm.errors import UserError, first_line, nearest
 
 REASONING_GYM = "reasoning_gym:"
 
@@ -82,7 +81,7 @@ def _rows_of(section: DataSection) -> list[Row]:
     if path.exists():
         return _rows_of_file(path)
     if _looks_like_a_path(source):
-        near = _nearest(path.name, [p.name for p in path.parent.glob("*")])
+        near = nearest(path.name, [p.name for p in path.parent.glob("*")])
         raise UserError(f"data.source: {source}: no such file or directory{near}")
     return _rows_of_hub(section)
 
@@ -303,7 +302,7 @@ def _cached_task(task: str, size: int, seed: int, canonical_args: str) -> Any:
     except ImportError:
         raise UserError(f"{REASONING_GYM}{task}: needs reasoning-gym: pip install reasoning-gym") from None
     if task not in DATASETS:
-        raise UserError(f"data.source: {REASONING_GYM}{task}: no such task{_nearest(task, DATASETS, count=3)}")
+        raise UserError(f"data.source: {REASONING_GYM}{task}: no such task{nearest(task, DATASETS, count=3)}")
     try:
         return reasoning_gym.create_dataset(task, size=size, seed=seed, **json.loads(canonical_args))
     except Exception as error:  # each task checks its arguments in its own way
@@ -318,11 +317,6 @@ def _bad_args(task: str, error: Exception, where: str = "") -> UserError:
 
 
 # Words
-
-
-def _nearest(name: str, known: Iterable[str], count: int = 1) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def _suffixes() -> str:
