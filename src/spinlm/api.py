@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
+from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.report import Report, Sample, model_card, verdict
 from spinlm.reporting.summary import summarise
 from spinlm.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
+    import pandas
     from rich.console import Console
 
     from spinlm.results import Evaluation
@@ -60,6 +62,23 @@ class Run:
         """Each player's held-out measures: measure to value, low, high, prompts."""
         paths = sorted((self.path / "evaluation").glob("*/measures.json"))
         return {path.parent.name: read_json(path) for path in paths}
+
+    @property
+    def benchmarks(self) -> pandas.DataFrame:
+        """Each player's benchmark scores, all metrics, in lm-eval's units.
+
+        Columns: suite, player, task, metric, value, stderr, shots, examples.
+        """
+        import pandas
+
+        columns = ["suite", "player", "task", "metric", "value", "stderr", "shots", "examples"]
+        return pandas.DataFrame(benchmark_records(self._run_dir), columns=columns)
+
+    @property
+    def trained(self) -> list[int]:
+        """The iterations whose main player is committed."""
+        kind = "adapter" if self.recipe.adapter is not None else "model"
+        return [t for t in range(self.recipe.iterations) if self._run_dir.has_record(f"iterations/{t}/{kind}")]
 
     def _pointed(self, name: str) -> Path:
         link = self.path / name
@@ -158,6 +177,75 @@ def _say_samples(stages: Stages, report: Report) -> None:
         stages.progress.say(f"\nprompt: {sample.prompt}\n  real: {sample.real}")
         for player, response in sample.responses.items():
             stages.progress.say(f"  {player}: {response}")
+
+
+def benchmark(
+    recipe: Recipe,
+    suites: Sequence[str],
+    iterations: str = "all",
+    limit: int | None = None,
+    batch_size: int | None = None,
+    repair: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Put benchmark suites to a run's players: the base, the SFT model, iterations, and the control if it is there.
+
+    Args:
+        recipe: The run's.
+        suites: Names of suites or of lm-eval's tasks, or files of either.
+        iterations: `all` that are trained, `best`, `latest`, or numbers with commas between them.
+        limit: Only this many examples of each task, for a try.
+        batch_size: Requests in a forward pass; default: 4 on a CPU, as many as fit on a GPU.
+        repair: Measure anew what was measured differently, or isn't what was committed.
+        console: Where to show progress; default: standard output.
+
+    Raises:
+        UserError: Something that the person who runs it can put right.
+    """
+    source = Run(recipe.run_dir)
+    chosen = _chosen(source, iterations)
+
+    from spinlm import benchmarking
+    from spinlm.evaluation.harness import Catalogue
+    from spinlm.evaluation.suites import find_suite
+
+    catalogue = Catalogue()
+    found = dict(find_suite(name, catalogue) for name in suites)
+    settings = benchmarking.Settings(chosen, limit, batch_size, repair)
+    with opened(recipe, only=set(), console=console) as stages:
+        benchmarking.run_suites(stages, found, catalogue, settings)
+        if stages.processes.is_main_process:
+            _show_benchmarks(stages, [benchmarking.folder_of(name, limit) for name in found])
+    return source
+
+
+def _show_benchmarks(stages: Stages, folders: Sequence[str]) -> None:
+    """All tables in a file, those of these folders on the terminal."""
+    tables, path = benchmark_tables(stages.run), stages.run.path / "benchmarks.md"
+    path.write_text("# Benchmarks\n\n" + "\n".join(table.markdown() for table in tables), encoding="utf-8")
+    for table in tables:
+        if table.folder in folders:
+            stages.progress.console.print(table.rich())
+    stages.progress.say(f"benchmarks: {path}")
+
+
+def _chosen(source: Run, asked: str) -> list[int]:
+    """The numbers of the iterations that `--iterations` means."""
+    trained = source.trained
+    if not trained:
+        raise UserError(f"{source.path}: no iteration is trained yet: run spinlm run first")
+    if asked == "all":
+        return trained
+    if asked in ("best", "latest"):
+        return [int((source.best if asked == "best" else source.latest).parent.name)]
+    known = {str(t): t for t in trained}
+    for one in asked.split(","):
+        if one.strip() not in known:
+            raise UserError(
+                f"{source.path}: has no trained iteration {one.strip()!r}; there are: {', '.join(known)} "
+                "(spinlm run trains the others of its recipe)"
+            )
+    return sorted({known[one.strip()] for one in asked.split(",")})
 
 
 def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge: bool = False) -> Path:

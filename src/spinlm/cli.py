@@ -90,16 +90,43 @@ def train(
 
 @app.command()
 def evaluate(
-    recipe: RecipeArgument = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RUN | RECIPE.yaml]", help="A run directory, or the recipe of one.")
+    ] = None,
     overrides: Overrides = None,
     model: ModelOption = None,
     data: DataOption = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite", help="Run these benchmarks instead: a suite, a task of lm-eval's, or a file of either."
+        ),
+    ] = None,
+    iterations: Annotated[
+        str, typer.Option("--iterations", help="With --suite: all, best, latest, or numbers: 0,2.")
+    ] = "all",
+    limit: Annotated[
+        int | None, typer.Option("--limit", help="With --suite: only so many examples of each task, for a try.", min=1)
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", help="With --suite: default: 4 on a CPU, as many as fit on a GPU.", min=1),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="With --suite: measure anew what was measured differently.")
+    ] = False,
 ) -> None:
-    """Only the held-out measures, of every player that is trained already."""
+    """Only the held-out measures, of every player that is trained already; with --suite, only benchmarks."""
     from spinlm import selfplay
-    from spinlm.api import conclude, opened
+    from spinlm.api import benchmark, conclude, opened
 
-    with opened(_recipe(recipe, overrides, model, data), only={"data", "evaluate"}) as stages:
+    of_run = _recipe_of_run(recipe, overrides) or _recipe(recipe, overrides, model, data)
+    if suite:
+        benchmark(of_run, suite, iterations, limit, batch_size, repair)
+        return
+    if limit or batch_size or repair or iterations != "all":
+        raise UserError("--iterations, --limit, --batch-size and --repair go with --suite")
+    with opened(of_run, only={"data", "evaluate"}) as stages:
         trained = list(itertools.takewhile(stages.is_trained, range(stages.recipe.iterations)))
         if not trained:
             raise UserError(f"{stages.run.path}: no iteration is trained yet: run spinlm train first")
@@ -196,6 +223,17 @@ def _recipe(recipe: str | None, overrides: list[str] | None, model: str | None, 
     if recipe is None and (model is None or data is None):
         raise UserError("give a recipe, or both --model and --data")
     return load_recipe(recipe, changes)
+
+
+def _recipe_of_run(directory: str | None, overrides: list[str] | None) -> Any:
+    """A run directory's own recipe; None where something else is given."""
+    from spinlm.rundir import RunDir
+
+    if directory is None or not Path(directory).is_dir():
+        return None
+    if overrides:
+        raise UserError(f"{directory}: a run keeps to its own recipe: take {' '.join(overrides)} out")
+    return RunDir(Path(directory)).recipe().model_copy(update={"run_dir": directory})
 
 
 def _iteration(stages: Any, stage: str, asked: int | None) -> int:

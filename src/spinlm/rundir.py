@@ -75,6 +75,13 @@ class Artifact:
         self.run.verify(self.key)
         return True
 
+    def changed_inputs(self) -> list[str]:
+        """The names of those inputs that aren't what a committed artifact was made from; none where it isn't there."""
+        if not self.run.has_record(self.key):
+            return []
+        recorded, wanted = self.run.record(self.key, self.stage)["inputs"], canonical(self.inputs)
+        return sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
+
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A place to write it; on leaving, it is committed."""
@@ -315,7 +322,8 @@ class RunDir:
 
     def _remedy(self, stage: str | None) -> str:
         which = f"The stage {stage!r}" if stage else "Its stage"
-        return f"{which} makes it anew: run the same command with --repair."
+        command = "spinlm evaluate" if stage == "benchmark" else "spinlm run"
+        return f"{which} makes it anew: {command} with --repair."
 
     def point(self, name: str, key: str) -> None:
         """Let `latest` or `best` point to an artifact."""

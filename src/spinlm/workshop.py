@@ -36,7 +36,6 @@ from spinlm.rundir import (
     Artifact,
     Inputs,
     RunDir,
-    canonical,
     digest,
     file_hashes,
     read_json,
@@ -104,7 +103,7 @@ class Workshop:
         check_context(self.recipe, context_length(self.players.config))
         if self.processes.is_main_process and self._needs_making(artifact):
             split = prepare_data(self.recipe, self.players, self.renderer)
-            with self._timed("data"), artifact.staging() as place:
+            with self.timed("data"), artifact.staging() as place:
                 place.mkdir()
                 for part in ("train", "held_out", "dropped"):
                     write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
@@ -289,7 +288,7 @@ class Workshop:
         missing = [number for number in mine if self._needs_making(artifacts[number])]
         if missing:
             total = each * sum(len(shards[number]) for number in missing)
-            with self._timed(folder) as timing, self.progress.task(title, total, "responses") as task:
+            with self.timed(folder) as timing, self.progress.task(title, total, "responses") as task:
                 for number in missing:
                     finished = task.done + each * len(shards[number])
                     rows = make(shards[number], task.advance)
@@ -330,7 +329,7 @@ class Workshop:
         if missing:
             self.close()
             checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
-            with self._timed(folder), self._tracked(folder):
+            with self.timed(folder), self._tracked(folder):
                 method = self.settle_method(start)
                 model = self.players.main_player(start, seed=self._seed(folder))
                 trainer = make_trainer(model, checkpoints, method)
@@ -426,9 +425,8 @@ class Workshop:
 
     def _changed(self, artifact: Artifact) -> None:
         """A committed artifact's inputs are others now: nothing is replaced unless that was asked for."""
-        recorded, wanted = self.run.record(artifact.key)["inputs"], canonical(artifact.inputs)
-        keys = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
-        changed = f"{artifact.path}: was made from something else than what is there now ({', '.join(keys)})"
+        keys = ", ".join(artifact.changed_inputs())
+        changed = f"{artifact.path}: was made from something else than what is there now ({keys})"
         if not self._repair:
             raise UserError(
                 f"{changed}: has the model or the dataset been changed? Put it back, or start a new run "
@@ -448,7 +446,7 @@ class Workshop:
                 del os.environ["TENSORBOARD_LOGGING_DIR"]
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[dict[str, Any]]:
+    def timed(self, what: str) -> Iterator[dict[str, Any]]:
         """Add a line to timings.jsonl, which is the only file where two equal runs differ."""
         timing: dict[str, Any] = {"what": what}
         started = time.perf_counter()

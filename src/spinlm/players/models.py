@@ -83,6 +83,17 @@ class Players:
         self._model.eval()
         return self._model
 
+    @contextmanager
+    def as_exported(self, player: Player) -> Iterator[Any]:
+        """The player, answering for a while by the model's own generation settings, as one that is exported does."""
+        model = self.opponent(player)
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain, whole.generation_config = whole.generation_config, self._generation_config()
+        try:
+            yield model
+        finally:
+            whole.generation_config = plain
+
     def main_player(self, start: Player, seed: int) -> Any:
         """The model as this player, ready to be trained on from there."""
         self._seat(start, trainable=True, seed=seed)

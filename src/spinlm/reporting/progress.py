@@ -44,7 +44,9 @@ class Task:
 
     @property
     def speed(self) -> str:
-        return f"{self.tokens / self.seconds:.0f} tokens/s"
+        """In tokens, where they are counted."""
+        count, unit = (self.tokens, "tokens") if self.tokens else (self.done, self.unit)
+        return f"{count / self.seconds:.0f} {unit}/s"
 
     def line(self) -> str:
         """`iteration 0: generate 32/64 prompts, 85 tokens/s, 0:41 left`."""
