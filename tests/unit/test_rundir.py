@@ -88,6 +88,14 @@ class TestCommits:
         assert changed.path.read_text() == "new"
         assert not run.artifact("iterations/0/a.jsonl", "generate", {"x": 1}).is_committed()
 
+    def test_which_inputs_are_others(self, run: RunDir) -> None:
+        key = "iterations/0/a.jsonl"
+        assert run.artifact(key, "generate", {"x": 1}).changed_inputs() == []
+        make_file(run, inputs=(1, 2))
+        assert run.artifact(key, "generate", {"x": [1, 2]}).changed_inputs() == []
+        assert run.artifact(key, "generate", {"x": 2, "y": 3}).changed_inputs() == ["x", "y"]
+        assert run.artifact(key, "generate", {}).changed_inputs() == ["x"]
+
     def test_inputs_are_compared_as_json(self, run: RunDir) -> None:
         make_file(run, inputs={1: (2, 3.0), 2: None})
         assert run.artifact("iterations/0/a.jsonl", "generate", {"x": {"2": None, "1": [2, 3]}}).is_committed()

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,17 +87,10 @@ class Catalogue:
         """
         lm_eval_version()
 
-    @cached_property
-    def _manager(self) -> Any:
-        """lm-eval's index of its own tasks; reading them all takes some seconds."""
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager()
-
     @property
     def names(self) -> list[str]:
         """Of all tasks, groups and tags."""
-        return list(self._manager.all_tasks)
+        return list(_index().all_tasks)
 
     def scored(self, task: str) -> list[str]:
         """The task itself, where it has a score; of a tag, or of a group without a score of its own, its members.
@@ -124,7 +117,7 @@ class Catalogue:
         """
         if is_task_file(task):
             return _read_task_file(Path(task))
-        entry = self._manager.task_index.get(task)
+        entry = _index().task_index.get(task)
         if entry is None:
             raise UserError(f"{task}: lm-eval {lm_eval_version()} has no such task{nearest(task, self.names, count=3)}")
         return dict(entry.cfg or {"tag": task, "task": sorted(entry.tags)})
@@ -173,7 +166,7 @@ class Catalogue:
 
     def _known_members(self, config: Mapping[str, Any]) -> list[str]:
         """A group's members that have a file; the others are in the group's own."""
-        return [name for name in _members(config) if is_task_file(name) or name in self._manager.task_index]
+        return [name for name in _members(config) if name in _index().task_index]
 
     def load(self, task: str) -> Any:
         """The task, or a group's tasks, with their datasets, as lm-eval's `evaluate` takes them.
@@ -183,19 +176,20 @@ class Catalogue:
         """
         from lm_eval.tasks import TaskManager
 
-        manager = self._manager_of(task, TaskManager)
+        manager = TaskManager(include_defaults=False) if is_task_file(task) else _index()
         try:
             with listening():
                 return manager.load([task])
         except Exception as error:  # a network, a login, a broken file, a missing package, a task's own code
             raise UserError(f"{task}: can't be loaded: {_reason(error)}") from None
 
-    def _manager_of(self, task: str, manager: Any) -> Any:
-        if not is_task_file(task):
-            return self._manager
-        if _members(self.config(task)):
-            return manager(include_path=str(Path(task).parent))
-        return manager(include_defaults=False)
+
+@cache
+def _index() -> Any:
+    """lm-eval's own tasks; finding them all takes some seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def is_task_file(task: str) -> bool:
@@ -373,7 +367,9 @@ def _read_task_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file{near}") from None
     except Exception as error:  # whatever YAML can be wrong in
         raise UserError(f"{path}: not a task file of lm-eval's: {_reason(error)}") from None
-    if not config.keys() & {"task", "group"}:
+    if "group" in config:
+        raise UserError(f"{path}: a group of lm-eval's: give a suite file with its tasks instead")
+    if "task" not in config:
         raise UserError(f"{path}: neither a suite (it has no tasks) nor a task file of lm-eval's (it has no task)")
     return dict(config)
 

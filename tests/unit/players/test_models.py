@@ -34,6 +34,11 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+def greedy(model: Any) -> list[int]:
+    ids = model.generate(input_ids=IDS, do_sample=False, max_new_tokens=12, pad_token_id=256)
+    return [int(token) for token in ids[0, IDS.shape[1] :]]
+
+
 def trained(seated: Players, directory: Path, seed: int) -> Player:
     """A main player after one big step from the base, saved; its name says its seed."""
     model = seated.main_player(seated.base_player(), seed=seed)
@@ -265,6 +270,19 @@ class TestStopIds:
         seated = players(copy)
         generation = seated.opponent(seated.base_player()).generation_config
         assert (generation.temperature, generation.repetition_penalty, generation.eos_token_id) == (None, None, 258)
+
+    def test_as_exported_it_is_the_models_for_a_while(self, tiny_llama: Path, tmp_path: Path) -> None:
+        """With an adapter, too: generation goes by the settings of the model beneath it."""
+        copy = shutil.copytree(tiny_llama, tmp_path / "other")
+        only_a = {"eos_token_id": 258, "suppress_tokens": [token for token in range(260) if token != 65]}
+        (copy / "generation_config.json").write_text(json.dumps(only_a))
+        seated = players(copy)
+        for player in (seated.base_player(), trained(seated, tmp_path / "1", seed=1)):
+            plain = greedy(seated.opponent(player))
+            assert plain != [65] * 12
+            with seated.as_exported(player) as model:
+                assert greedy(model) == [65] * 12
+            assert greedy(seated.opponent(player)) == plain
 
 
 class TestRefusals:
