@@ -349,6 +349,7 @@ class TestRefused:
             (("--suite", "tasks/broken.yaml"), ("tasks/broken.yaml: not a task file",)),
             (("--suite", "tasks/far.yaml"), ("tasks/far.yaml: can't be loaded", "nobody/nothing")),
             (("--suite", "tasks/long.yaml"), ("tasks/long.yaml: lm-eval can't ask this model", "(128)")),
+            (("--suite", "tasks/filter.yaml"), ("tasks/filter.yaml: lm-eval can't ask", "bad character range z-a")),
             (("--suite", "tasks/pick.yaml", "--iterations", "0,7"), ("no trained iteration '7'", "0, 1")),
             (("--suite", "tasks/pick.yaml", "--iterations", "bst"), ("no trained iteration 'bst'", "0, 1")),
             (("--limit", "3"), ("--limit", "go with --suite")),
@@ -415,6 +416,7 @@ def _write_bad_files(folder: Path) -> None:
         "nothing.yaml": "title: a thesis\n",
         "broken.yaml": "task: [\n",
         "far.yaml": say.replace("dataset_path: json", "dataset_path: nobody/nothing"),
+        "filter.yaml": say.replace('"[a-z]"', '"[z-a]"'),
         "long.yaml": say.replace("max_gen_toks: 12", "max_gen_toks: 200"),
     }
     for name, text in files.items():

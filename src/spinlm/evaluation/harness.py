@@ -19,7 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 import numpy as np
 import torch
 
@@ -181,7 +180,7 @@ class Catalogue:
             with listening():
                 return manager.load([task])
         except Exception as error:  # a network, a login, a broken file, a missing package, a task's own code
-            raise UserError(f"{task}: can't be loaded: {_reason(error)}") from None
+            raise UserError(f"{task}: can't be loaded: {_reason(error)}; what is measured already is kept") from None
 
 
 @cache
@@ -232,8 +231,10 @@ def evaluate_task(
                 apply_chat_template=chat_template,
                 fewshot_as_multiturn=chat_template,
             )
-    except (AssertionError, KeyError, ValueError, jinja2.TemplateError) as error:
-        raise UserError(f"{task}: lm-eval can't ask this model that: {_reason(error)}") from None
+    except (RuntimeError, OSError, MemoryError):  # the machine's
+        raise
+    except Exception as error:  # the task's: its templates, its filters, its own code
+        raise UserError(f"{task}: lm-eval can't ask this model that: {_reason(error)}") from error
     names = list(loaded["groups"]) or list(loaded["tasks"])
     return _result(results, names[0], "truncat" in " ".join(heard).lower())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -132,14 +132,14 @@ class BenchmarkTable:
 
     def rich(self) -> Group:
         """For the terminal: the players' table, and the paper's beneath it."""
-        tables = [self._rich(self.title, self.rows)]
+        parts: list[RenderableType] = [f"[italic]{escape(self.title)}[/]", self._rich(self.rows)]
         if self.paper:
-            tables.append(self._rich(f"for comparison: {self.source}", self.paper))
-        return Group(*tables, *map(escape, self.notes))
+            parts += [f"[italic]for comparison: {escape(self.source)}[/]", self._rich(self.paper)]
+        return Group(*parts, *map(escape, self.notes))
 
-    def _rich(self, title: str, rows: Sequence[Row]) -> Table:
+    def _rich(self, rows: Sequence[Row]) -> Table:
         """A score is on two lines, so that six tasks fit a terminal."""
-        table = Table(title=escape(title), box=SIMPLE_HEAD, padding=0)
+        table = Table(box=SIMPLE_HEAD, padding=0)
         table.add_column("", overflow="fold", min_width=11)
         for heading in self.headings:
             table.add_column(escape(heading), justify="right", overflow="fold")

@@ -46,7 +46,8 @@ class Task:
     def speed(self) -> str:
         """In tokens, where they are counted."""
         count, unit = (self.tokens, "tokens") if self.tokens else (self.done, self.unit)
-        return f"{count / self.seconds:.0f} {unit}/s"
+        speed = count / self.seconds
+        return f"{speed:.{0 if speed >= 10 else 1}f} {unit}/s"
 
     def line(self) -> str:
         """`iteration 0: generate 32/64 prompts, 85 tokens/s, 0:41 left`."""
