@@ -259,7 +259,7 @@ def main() -> None:
         if type(error).__name__ == "OutOfMemoryError":
             _fail(
                 "the GPU's memory is full. Nothing committed is lost: lower generation.batch_size or tokens_per_pass, "
-                "or set gradient_checkpointing."
+                "or set gradient_checkpointing; in benchmarks, lower --batch-size."
             )
         if not _is_disk_full(error):
             raise
