@@ -237,11 +237,16 @@ def _recipe_of_run(directory: str | None, overrides: list[str] | None) -> Any:
 
 
 def _iteration(stages: Any, stage: str, asked: int | None) -> int:
+    from spinlm.rundir import STOPPED, read_json
+
     count = stages.recipe.iterations
     if asked is not None:
         if asked >= count:
             raise UserError(f"--iteration {asked}: the recipe has {count} iterations, 0 to {count - 1}")
         return asked
+    if stages.run.has_record(STOPPED):
+        reason = read_json(stages.run.path / STOPPED)["reason"]
+        raise UserError(f"{stages.run.path}: has stopped, since {reason}; give --iteration to go on all the same")
     is_done = stages.is_generated if stage == "generate" else stages.is_trained
     return next((t for t in range(count) if not is_done(t)), count - 1)
 

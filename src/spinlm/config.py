@@ -223,6 +223,7 @@ class TrainerSection(Section):
             "ignore_data_skip",
             "label_smoothing_factor",
             "train_sampling_strategy",
+            "dataloader_drop_last",
             "length_column_name",
             "per_device_eval_batch_size",
             "prediction_loss_only",
@@ -332,6 +333,8 @@ class TrainingSection(TrainerSection):
                 raise ValueError(f"{key} is read with loss: {loss} only")
         if self.loss == "triplet" and self.mixture is not None:
             raise ValueError("mixture: the triplet loss has no opponent's log-probs that could be mixed")
+        if self.regenerate_every is not None and self.mixture is not None:
+            raise ValueError("mixture: past opponents don't score what regenerate_every makes: choose one of them")
         return self
 
     def objective(self) -> dict[str, Any]:
@@ -393,7 +396,7 @@ class WarningsSection(Section):
         repetition_excess: Repeated 4-grams in synthetic responses beyond those in real ones.
         diversity_ratio: Distinct-2 of synthetic responses over that of real ones, below which they are too alike.
         identical_share: Of synthetic responses that equal the real one.
-        grad_norm_ratio: Of the largest gradient norm to the median.
+        grad_norm_ratio: Of a gradient norm that is clipped to the median of those around it.
         drift: Nats a token from the starting player, on held-out prompts.
     """
 
@@ -467,10 +470,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _choosing_is_possible(self) -> Recipe:
-        needs_held_out = "keep: best" if self.keep == "best" else "stop" if self.stop.is_asked_for else None
-        if needs_held_out and not self.data.held_out:
-            raise ValueError(f"{needs_held_out} measures on held-out examples: set data.held_out above 0")
+    def _whole_models(self) -> Recipe:
         sharded = {"deepspeed", "fsdp"} & (self.training.model_extra or {}).keys()
         for key, is_on in (("keep: best", self.keep == "best"), ("training.regenerate_every", self._regenerates)):
             if is_on and sharded:

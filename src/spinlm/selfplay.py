@@ -14,7 +14,8 @@ def play(stages: Stages) -> list[Evaluation]:
     """Play every iteration and measure every player; what is committed already is not done again.
 
     A player gives all its responses, to train on and to be measured by, before any is scored: an engine that
-    holds a model of its own is started once an iteration, and never beside the one that scores and trains.
+    holds a model of its own is started once an iteration, and never beside the one that scores and trains. Only
+    where the run may stop it is asked twice, since nobody trains on the responses of a run's last player.
 
     Returns:
         The evaluations of the base, the SFT model, each iteration's main player and the control.
@@ -23,20 +24,23 @@ def play(stages: Stages) -> list[Evaluation]:
     stages.settle_method(start)
     synthetic: dict[int, Answers] = {0: stages.generate(0, opponent)}
     evaluations = evaluate_starting_players(stages)
-    for iteration in range(stages.recipe.iterations):
+    iterations = stages.recipe.iterations
+    for iteration in range(iterations):
         synthetic[iteration] = stages.generate(iteration, opponent)
         pairs = score(stages, iteration, opponent, synthetic)
         if iteration > 0 and not pairs.pairs:
             stages.stop(iteration, "the opponent plays like the data; there is nothing left to learn")
             break
         main_player = stages.train(iteration, opponent, pairs)
-        if iteration + 1 < stages.recipe.iterations and not stages.recipe.stop.is_asked_for:
+        if iteration + 1 < iterations and not stages.recipe.stop.is_asked_for:
             synthetic[iteration + 1] = stages.generate(iteration + 1, main_player)
         evaluations.append(evaluate(stages, iteration, main_player, evaluations[-1], synthetic[iteration]))
-        if reason := stages.reason_to_stop(evaluations):
+        if iteration + 1 < iterations and (reason := stages.reason_to_stop(evaluations)):
             stages.stop(iteration + 1, reason)
             break
         opponent = main_player
+    else:
+        stages.forget_stop()
     if stages.recipe.evaluation.control:
         evaluations.append(stages.evaluate(stages.control(start)))
     return evaluations

@@ -13,7 +13,7 @@ from typing import Any
 from spinlm.config import SFTSection, at
 from spinlm.data.pairs import Pair, drop_identical
 from spinlm.errors import UserError
-from spinlm.evaluation.diagnostics import Said, of_held_out, of_pairs, of_training, warnings
+from spinlm.evaluation.diagnostics import Said, TrainingFacts, of_held_out, of_pairs, of_training, warnings
 from spinlm.evaluation.measures import (
     HeldOutExample,
     chosen_measure,
@@ -48,6 +48,7 @@ from spinlm.rundir import (
     write_jsonl,
 )
 from spinlm.training.checkpoints import Arguments
+from spinlm.training.losses import Objective
 from spinlm.training.regeneration import RegeneratingTrainer
 from spinlm.training.sft import SFTTrainer
 from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
@@ -159,7 +160,9 @@ class Stages(Workshop):
             for number, response in enumerate(answers[place])
         ]
         read = [*others.values(), *([] if initial is None else [initial])]
-        return ScoredPairs(*drop_identical(pairs), digest([reference.hash, [answers.hash for answers in read]]))
+        name = digest([reference.hash, [answers.hash for answers in read]])
+        is_of_margins = Objective(**self.recipe.training.objective()).is_of_margins
+        return ScoredPairs(*(drop_identical(pairs) if is_of_margins else (pairs, 0)), name)
 
     def _reference(self, iteration: int, scores: Scores, others: Mapping[str, Answers]) -> Scores:
         """What log-probs are measured against: the opponent's, or the recipe's mixture of this and past opponents'."""
@@ -209,44 +212,50 @@ class Stages(Workshop):
             return self._train(folder, name, title, opponent, inputs, make_trainer)
         inputs |= {"keep": "best", "measure": self.chosen_measure, "held_out": self._data_hash}
         weights = self.run.artifact(self._weights_key(folder), "train", inputs)
+        kept = self.run.artifact(f"{folder}/kept.json", "train", inputs)
+        log = self.run.artifact(f"{folder}/training.jsonl", "train", inputs)
         with self.processes.main_process_first():  # which copies them, in a forked run
-            is_missing = self._needs_making(weights)
-        if is_missing:
+            missing = [artifact for artifact in (log, kept, weights) if self._needs_making(artifact)]
+        if missing:
             last = self._train(folder, name, title, opponent, inputs, make_trainer, f"{folder}/candidates")
-            self._commit_best(folder, title, last, weights)
+            self._commit_best(folder, title, last, kept, weights)
         self._forget(f"{folder}/candidates/", f"{folder}/choosing/")
         return Player(name, weights.path, weights.hash)
 
-    def _commit_best(self, folder: str, title: str, last: Player, weights: Artifact) -> None:
+    def _commit_best(self, folder: str, title: str, last: Player, kept: Artifact, weights: Artifact) -> None:
         """Of the weights at each checkpoint and at the end, those that are best on the held-out part."""
-        keys = [key for key in self.run.keys(f"{folder}/candidates/") if not key.endswith("/last")]
-        players = {Path(key).name: Player(key, self.run.path / key, self.run.hash(key)) for key in keys} | {
-            "last": last
-        }
+        earlier = self._candidates(f"{folder}/candidates", weights.inputs, before=self._last_step(folder))
+        players = {a.path.name: Player(a.path.name, a.path, a.hash) for a in earlier} | {"last": last}
+        place = f"{folder}/choosing"
+        for checkpoint, player in players.items():  # all answers first: an engine is started once
+            self._answer_candidate(f"{place}/{checkpoint}", f"{title} (checkpoint {checkpoint})", player)
         measures = {
-            step: self._measure_candidate(f"{folder}/choosing/{step}", f"{title} (checkpoint {step})", player)
-            for step, player in players.items()
+            checkpoint: self._measure_candidate(f"{place}/{checkpoint}", f"{title} (checkpoint {checkpoint})", player)
+            for checkpoint, player in players.items()
         }
         best = select_best(measures, self.chosen_measure)
-        values = {step: of_step[self.chosen_measure] for step, of_step in measures.items()}
+        values = {checkpoint: measured[self.chosen_measure] for checkpoint, measured in measures.items()}
         self.progress.say(f"{title}: kept checkpoint {best} by {self.chosen_measure}")
         if self.processes.is_main_process:
-            kept = self.run.artifact(f"{folder}/kept.json", "train", weights.inputs)
-            with kept.staging() as place:
-                write_json(place, {"checkpoint": best, "measure": self.chosen_measure, "values": values})
-            with weights.staging() as place:
-                shutil.copytree(self.run.path / f"{folder}/candidates/{best}", place)
+            with kept.staging() as staged:
+                write_json(staged, {"checkpoint": best, "measure": self.chosen_measure, "values": values})
+            with weights.staging() as staged:
+                shutil.copytree(self.run.path / f"{folder}/candidates/{best}", staged)
         self.processes.wait_for_everyone()
 
+    def _answer_candidate(self, folder: str, title: str, player: Player) -> tuple[Answers, Answers | None]:
+        """The responses that the measure which chooses is of: sampled ones, greedy ones, or none."""
+        nothing = Answers([[] for _ in self.data.held_out], "")
+        if self.chosen_measure == "real_nll":
+            return nothing, None
+        if self.chosen_measure == "accuracy_greedy":
+            return nothing, self._greedy(folder, title, player)
+        return self._sampled(folder, title, player), None
+
     def _measure_candidate(self, folder: str, title: str, player: Player) -> dict[str, dict[str, Any]]:
-        """What it takes to know the measure that chooses, and no more."""
-        held_out, name = self.data.held_out, self.chosen_measure
-        sampled = Answers([[] for _ in held_out], "")
-        if name not in ("real_nll", "accuracy_greedy"):
-            sampled = self._sampled(folder, title, player)
-        greedy = self._greedy(folder, title, player) if name == "accuracy_greedy" else None
-        scores = self._scores(f"{folder}/logprobs", title, player, held_out, {"own": sampled})
-        measured = measure(held_out_examples(held_out, sampled, greedy, scores))
+        sampled, greedy = self._answer_candidate(folder, title, player)
+        scores = self._scores(f"{folder}/logprobs", title, player, self.data.held_out, {"own": sampled})
+        measured = measure(held_out_examples(self.data.held_out, sampled, greedy, scores))
         return {name: asdict(value) for name, value in measured.items()}
 
     def _forget(self, *beginnings: str) -> None:
@@ -285,7 +294,7 @@ class Stages(Workshop):
 
     def _steps_taken(self, iteration: int) -> int:
         """Optimiser steps of an iteration's training."""
-        return int(read_jsonl(self.run.path / f"iterations/{iteration}/training.jsonl")[-1]["step"])
+        return self._last_step(f"iterations/{iteration}")
 
     # --- evaluation ---
 
@@ -352,9 +361,10 @@ class Stages(Workshop):
         artifact = self.run.artifact(f"{folder}/diagnostics.json", "evaluate", inputs)
         if not self.processes.is_main_process or not self._needs_making(artifact):
             return
-        pairs, identical = self._said(answers)
-        values = of_pairs(pairs, identical, self.renderer.markers())
-        values |= of_training(read_jsonl(self.run.path / f"{folder}/training.jsonl"))
+        groups, identical = self._said(answers)
+        values = of_pairs(groups, identical, self.renderer.markers())
+        log = read_jsonl(self.run.path / f"{folder}/training.jsonl")
+        values |= of_training(log, self._training_facts(iteration))
         values |= of_held_out(player.examples, opponent.examples)
         warned = warnings(values, self.recipe.warnings)
         with artifact.staging() as place:
@@ -370,18 +380,26 @@ class Stages(Workshop):
             for name, iteration in (("latest", latest), ("best", latest if best is None else iteration_of(best))):
                 self.run.point(name, self._weights_key(f"iterations/{iteration}"))
 
-    def _said(self, answers: Answers) -> tuple[list[tuple[Said, Said]], int]:
-        """Real and synthetic responses side by side where they differ, and how many don't."""
+    def _training_facts(self, iteration: int) -> TrainingFacts:
+        section = self.recipe.training
+        return TrainingFacts(
+            beta=at(section.beta, iteration),
+            length_normalised=section.length_normalised,
+            has_reference=section.loss != "triplet",
+            max_grad_norm=section.max_grad_norm,
+            round_steps=section.regenerate_every,
+        )
+
+    def _said(self, answers: Answers) -> tuple[list[tuple[Said, list[Said]]], int]:
+        """Each real response with the synthetic ones that differ from it, and how many don't."""
         text = self.renderer.text_with_specials
-        pairs, identical = [], 0
+        groups, identical = [], 0
         for example, responses in zip(self.played, answers.responses, strict=True):
-            real = Said(example.real_ids, False, text(example.real_ids))
-            for response in responses:
-                ids, truncated = response.token_ids, response.finish_reason == "length"
-                identical += ids == example.real_ids
-                if ids != example.real_ids:
-                    pairs.append((real, Said(ids, truncated, text(ids))))
-        return pairs, identical
+            differing = [response for response in responses if response.token_ids != example.real_ids]
+            synthetic = [Said(r.token_ids, r.finish_reason == "length", text(r.token_ids)) for r in differing]
+            groups.append((Said(example.real_ids, False, text(example.real_ids)), synthetic))
+            identical += len(responses) - len(differing)
+        return groups, identical
 
     def reason_to_stop(self, evaluations: Sequence[Evaluation]) -> str | None:
         """Why there should be no further iteration after the one that was evaluated last, if so."""
@@ -395,3 +413,8 @@ class Stages(Workshop):
         if self.processes.is_main_process and not artifact.is_committed():
             with artifact.staging() as place:
                 write_json(place, {"iterations": iterations, "reason": reason})
+
+    def forget_stop(self) -> None:
+        """What stopped the run once doesn't any more."""
+        if self.processes.is_main_process and self.run.has_record(STOPPED):
+            self.run.forget(STOPPED)

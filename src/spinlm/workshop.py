@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ from spinlm.rundir import (
     write_json,
     write_jsonl,
 )
-from spinlm.training.checkpoints import Arguments, EachCheckpoint, train_resumably
+from spinlm.training.checkpoints import Arguments, EachCheckpoint, last_checkpoint, step_of, train_resumably
 
 COMMANDS = {"data": "generate", "sft": "generate", "score": "train", "control": "run"}
 """The command that runs a stage, where it isn't called after it."""
@@ -324,11 +325,13 @@ class Workshop:
         stage = _stage(title)
         log = self.run.artifact(f"{folder}/training.jsonl", stage, inputs)
         weights = self.run.artifact(f"{candidates}/last" if candidates else self._weights_key(folder), stage, inputs)
+        checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
         with self.processes.main_process_first():  # which copies them, in a forked run
             missing = [artifact for artifact in (log, weights) if self._needs_making(artifact)]
+            if candidates is not None:
+                missing += self._missing_candidates(folder, candidates, inputs, checkpoints, is_trained=not missing)
         if missing:
             self.close()
-            checkpoints = self.run.checkpoints(folder) / digest(inputs)[:12]
             with self.timed(folder), self._tracked(folder):
                 method = self.settle_method(start)
                 model = self.players.main_player(start, seed=self._seed(folder))
@@ -352,10 +355,33 @@ class Workshop:
                 write_jsonl(place, rows)
         self._commit_weights(trainer, weights)
 
+    def _last_step(self, folder: str) -> int:
+        """Of a training that is committed."""
+        return int(read_jsonl(self.run.path / f"{folder}/training.jsonl")[-1]["step"])
+
+    def _candidates(self, folder: str, inputs: Inputs, before: int) -> list[Artifact]:
+        """The weights at each checkpoint before a step."""
+        every = self.recipe.training.save_steps
+        return [
+            self.run.artifact(f"{folder}/{step:06d}", "train", {**inputs, "step": step})
+            for step in range(every, before, every)
+        ]
+
+    def _missing_candidates(
+        self, folder: str, candidates: str, inputs: Inputs, checkpoints: Path, is_trained: bool
+    ) -> list[Artifact]:
+        """Those that should be there by now. Training doesn't come by them again from a later checkpoint."""
+        checkpoint = last_checkpoint(checkpoints)
+        reached = self._last_step(folder) if is_trained else 0 if checkpoint is None else step_of(checkpoint) + 1
+        missing = [one for one in self._candidates(candidates, inputs, before=reached) if self._needs_making(one)]
+        if missing and self.processes.is_main_process:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        return missing
+
     def _commit_candidate(self, trainer: Any, candidates: str, inputs: Inputs, step: int) -> None:
-        """The weights at a checkpoint, but for the last one's, which are the result."""
+        """The weights at a checkpoint."""
         artifact = self.run.artifact(f"{candidates}/{step:06d}", "train", {**inputs, "step": step})
-        if self.processes.is_main_process and step < trainer.state.max_steps and not artifact.is_committed():
+        if self.processes.is_main_process and not artifact.is_committed():
             self._commit_weights(trainer, artifact)
 
     def _commit_weights(self, trainer: Any, weights: Artifact) -> None:
@@ -500,6 +526,9 @@ def _check_measure(recipe: Recipe, split: Split) -> None:
             f"evaluation.select_by: {select_by} can't be measured, since {recipe.data.source} has no verifier; "
             "choose real_nll, truncation_rate or repetition_rate"
         )
+    if not split.held_out and (recipe.keep == "best" or recipe.stop.is_asked_for):
+        what = "keep: best" if recipe.keep == "best" else "stop"
+        raise UserError(f"{what} needs held-out examples, but data.held_out: {recipe.data.held_out} gives none")
 
 
 def _telling_groups(examples: Sequence[TokenizedExample], longest_response: int) -> list[Group]:

@@ -17,6 +17,7 @@ from integration.command import (
     before,
     contents,
     differing,
+    flip_a_byte,
     killed_at,
     refused,
     rows,
@@ -25,6 +26,8 @@ from integration.command import (
     succeeded,
     write_recipe,
 )
+from spinlm.errors import UserError
+from spinlm.training.spin_trainer import SPINConfig, SPINTrainer
 
 ONE_BATCH = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 1}
 """The check of an iteration's start, which looks at the first batch, sees every pair."""
@@ -130,6 +133,11 @@ class TestRegeneration:
         learning_rates = [log[step]["learning_rate"] for step in range(2, 7)]
         assert learning_rates == sorted(learning_rates, reverse=True), "one schedule over all rounds"
 
+    def test_only_what_is_trained_on_is_made(self, place: Path) -> None:
+        training = {**self.CHANGES["training"], "regenerate_every": 5}
+        run = _run(place, "rounds", iterations=1, training=training)
+        assert len(rows(run / "iterations/0/rounds/00001.jsonl")) == 4, "six steps of four pairs: one is left"
+
     def test_killed_within_rounds_it_ends_with_the_same_bytes(self, place: Path) -> None:
         run = _run(place, "rounds", **self.CHANGES)
         write_recipe(place / "again.yaml", {"run_dir": "runs/again", **self.CHANGES})
@@ -186,6 +194,28 @@ class TestKeepBest:
         )
         assert [name for name in differing(run, place / "runs/again") if name not in ("run.json", "report.md")] == []
 
+    def test_a_fork_takes_over_what_was_kept_or_every_candidate(self, place: Path) -> None:
+        changes = {**self.CHANGES, "iterations": 1}
+        run = _run(place, "best", **changes)
+        kept = json.loads((run / "iterations/0/kept.json").read_text())
+        succeeded(spinlm("run", "recipe.yaml", "--fork", "runs/fork", cwd=place))
+        assert [name for name in differing(run, place / "runs/fork") if name not in ("run.json", "report.md")] == []
+        write_recipe(place / "recipe.yaml", {"run_dir": "runs/cut", **changes})
+        choosing = before(RECORDED, "commits/iterations--0--kept")
+        killed_at(choosing, arguments=("run", "recipe.yaml"), cwd=place)
+        succeeded(spinlm("run", "recipe.yaml", "--fork", "runs/other", cwd=place))
+        assert json.loads((place / "runs/other/iterations/0/kept.json").read_text()) == kept
+
+    def test_a_damaged_candidate_is_found(self, place: Path) -> None:
+        write_recipe(place / "recipe.yaml", {**self.CHANGES, "iterations": 1})
+        killed_at(before(RECORDED, "commits/iterations--0--kept"), arguments=("run", "recipe.yaml"), cwd=place)
+        run = place / "runs/recipe"
+        flip_a_byte(run / "iterations/0/candidates/000001/adapter_model.safetensors")
+        refused(spinlm("run", "recipe.yaml", cwd=place), "candidates/000001", "--repair")
+        succeeded(spinlm("run", "recipe.yaml", "--repair", cwd=place))
+        whole = _run(place, "whole", **self.CHANGES, iterations=1)
+        assert [name for name in differing(run, whole) if name not in ("run.json", "report.md")] == []
+
 
 class TestStop:
     def test_without_gain_beyond_noise(self, place: Path) -> None:
@@ -200,6 +230,13 @@ class TestStop:
         assert "stopped after 2 iterations: real_nll hasn't improved" in again.out
         assert contents(run, without=()) == kept
         assert "all done" in succeeded(spinlm("status", "runs/patience", cwd=place)).out
+        refused(spinlm("generate", "recipe.yaml", cwd=place), "has stopped, since real_nll", "--iteration")
+        assert contents(run, without=()) == kept
+        succeeded(spinlm("generate", "recipe.yaml", "--iteration", "2", cwd=place))
+
+    def test_after_the_last_iteration_there_is_nothing_to_stop(self, place: Path) -> None:
+        run = _run(place, "last", training={"learning_rate": 0.3}, stop={"patience": 2})
+        assert not (run / "stopped.json").exists()
 
     def test_goes_on_while_it_gets_better(self, place: Path) -> None:
         run = _run(place, "better", sft=None, training={"learning_rate": 1e-2, "nll_weight": 5.0}, stop={"patience": 1})
@@ -222,11 +259,19 @@ def test_regeneration_in_several_processes_is_refused(place: Path) -> None:
     assert "spinlm: training.regenerate_every: works in one process, and this run has 2" in outcome.err
 
 
+@pytest.mark.parametrize("held_out", [0, 0.01])
+@pytest.mark.parametrize("choice", [{"keep": "best"}, {"stop": {"patience": 1}}])
+def test_nothing_to_choose_by_is_refused(place: Path, held_out: float, choice: dict[str, Any]) -> None:
+    write_recipe(place / "recipe.yaml", {"data": {"held_out": held_out}, **choice})
+    refused(spinlm("run", "recipe.yaml", cwd=place), "needs held-out examples", f"data.held_out: {held_out}")
+    assert not (place / "runs/recipe/sft").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"keep": "best", "data": {"held_out": 0}}, ["keep: best", "data.held_out"]),
-        ({"stop": {"patience": 1}, "data": {"held_out": 0}}, ["stop", "data.held_out"]),
+        ({"training": {"regenerate_every": 2, "mixture": "uniform"}}, ["mixture", "regenerate_every"]),
+        ({"training": {"dataloader_drop_last": True}}, ["dataloader_drop_last is decided by the run"]),
         ({"training": {"noise_ratio": 2.0}}, ["noise_ratio", "loss: noise_contrastive"]),
         ({"training": {"history_weight": 2.0}}, ["history_weight", "loss: triplet"]),
         ({"training": {"loss": "triplet", "mixture": "uniform"}}, ["mixture", "triplet"]),
@@ -240,3 +285,60 @@ def test_what_does_not_go_together_is_refused(place: Path, changes: dict[str, An
     write_recipe(place / "recipe.yaml", changes)
     refused(spinlm("run", "recipe.yaml", cwd=place), *words)
     assert not (place / "runs").exists()
+
+
+class TestIdenticalPairs:
+    """Where a model says what people say: no margin tells those responses apart, but other losses look at them."""
+
+    def test_teach_a_loss_of_margins_nothing_and_others_something(self, place: Path) -> None:
+        trainers = {}
+        for name, training in {
+            "margins": {},
+            "anchored": {"nll_weight": 0.1},
+            "space": {"loss": "noise_contrastive"},
+        }.items():
+            args = SPINConfig(str(place / name), report_to="none", use_cpu=True, **training)
+            same = {"prompt_ids": [1, 2], "real_ids": [3, 4], "synthetic_ids": [3, 4]}
+            other = {**same, "synthetic_ids": [5]}
+            trainers[name] = SPINTrainer(str(place / "model"), args, [same, other], pad_id=0)
+        found = {name: (len(t.train_dataset), t.dropped_identical) for name, t in trainers.items()}
+        assert found == {"margins": (1, 1), "anchored": (2, 0), "space": (2, 0)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"beta": 0.0}, "beta"),
+        ({"noise_ratio": 0.0}, "noise_ratio"),
+        ({"nll_weight": -1.0}, "nll_weight"),
+        ({"history_weight": -0.1}, "history_weight"),
+        ({"loss": "ipo"}, "none of"),
+    ],
+)
+def test_settings_of_the_trainer_alone_are_checked(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        SPINConfig(str(tmp_path), **settings)
+
+
+def test_a_run_of_responses_that_are_all_cut_says_so(place: Path) -> None:
+    """What is seen, kept, and said in the terminal: from the shards to the words."""
+    generation = {"max_new_tokens": 3, "responses_per_prompt": 2}
+    write_recipe(place / "recipe.yaml", {"iterations": 1, "generation": generation})
+    outcome = succeeded(spinlm("run", "recipe.yaml", cwd=place))
+    run = place / "runs/recipe"
+    said = [one for row in _scores(run, "iterations/0/synthetic") for one in row["responses"]]
+    found = json.loads((run / "iterations/0/diagnostics.json").read_text())
+    values, real = found["values"], _real(run)
+    assert values["truncation_rate"] == fmean(one["finish_reason"] == "length" for one in said) > 0.5
+    assert values["length_synthetic"] == fmean(len(one["token_ids"]) for one in said)
+    assert values["length_real"] == fmean(map(len, real))
+    assert values["identical_share"] == 0
+    longer = [len(real[number // 2]) > len(one["token_ids"]) for number, one in enumerate(said)]
+    assert values["told_by_length"] == fmean(longer) == 1.0
+    mine, theirs = (rows(run / f"evaluation/{name}/examples.jsonl") for name in ("iteration-0", "sft"))
+    tokens = sum(row["real_tokens"] for row in mine)
+    change = sum(b["real_logprob"] - a["real_logprob"] for a, b in zip(mine, theirs, strict=True)) / tokens
+    assert values["real_nll_change"] == pytest.approx(change)
+    assert {"truncation_rate", "length_ratio"} <= {warning["name"] for warning in found["warnings"]}
+    for warning in found["warnings"]:
+        assert f"warning, iteration 0: {warning['title']}. {warning['message']}" in outcome.out

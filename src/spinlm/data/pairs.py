@@ -51,7 +51,7 @@ class Group:
 
 
 def drop_identical(pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
-    """The pairs whose responses differ, and how many don't: those would only add zero gradients."""
+    """The pairs whose responses differ, and how many don't: no margin tells the responses of those apart."""
     differing = [pair for pair in pairs if pair.real_ids != pair.synthetic_ids]
     return differing, len(pairs) - len(differing)
 

@@ -100,9 +100,10 @@ class Renderer:
     def markers(self) -> list[str]:
         """The lines that the template puts around a user's turn, which a response shouldn't have."""
         try:
-            around = self._prompt_text([{"role": "user", "content": _PROBE}]).split(_PROBE)
+            text = self._prompt_text([{"role": "user", "content": _PROBE}])
         except RenderError:
             return []
+        around = text.replace(self.tokenizer.bos_token or "\n", "\n").split(_PROBE)
         lines = (line.strip() for part in around for line in part.splitlines())
         return list(dict.fromkeys(line for line in lines if len(line) > 2))
 

@@ -19,6 +19,9 @@ from spinlm.evaluation.measures import HeldOutExample, Measured, difference, mea
 EARLY, LATE = 0.2, 0.8
 """The first and the last fifth of an iteration's training."""
 
+NO_MARGIN = 1e-3
+"""A margin of rounding."""
+
 TELLING = 0.8
 """A feature that tells so large a share of the pairs apart by itself is named as a shortcut."""
 
@@ -58,31 +61,52 @@ class Warned:
 
 
 Values = Mapping[str, float]
-Pairs = Sequence[tuple[Said, Said]]
-"""Each a real and a synthetic response to the same prompt."""
+Group = tuple[Said, Sequence[Said]]
+"""A real response, and the synthetic ones to the same prompt that differ from it."""
 
 
-def of_pairs(pairs: Pairs, identical: int, markers: Sequence[str]) -> dict[str, float]:
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What has to be known to read a training's log.
+
+    Attributes:
+        beta: The iteration's.
+        length_normalised: Whether rewards are per token.
+        has_reference: Whether rewards are ratios to a reference, so that margins start at 0.
+        max_grad_norm: What gradients are clipped to.
+        round_steps: After how many steps responses are made anew; None: never.
+    """
+
+    beta: float
+    length_normalised: bool = False
+    has_reference: bool = True
+    max_grad_norm: float = 1.0
+    round_steps: int | None = None
+
+
+def of_pairs(groups: Sequence[Group], identical: int, markers: Sequence[str]) -> dict[str, float]:
     """What tells the two sides apart.
 
     Args:
-        pairs: Those of the iteration's own responses that differ.
+        groups: Of the iteration's own responses, those that differ.
         identical: How many more didn't differ.
         markers: The lines that the prompt template puts around a turn.
     """
+    groups = [group for group in groups if group[1]]
+    pairs = [(real, one) for real, synthetic in groups for one in synthetic]
     values = {"identical_share": identical / (identical + len(pairs)) if identical or pairs else math.nan}
     if not pairs:
         return values
     real, synthetic = zip(*pairs, strict=True)
-    values |= {"truncation_rate": fmean(one.truncated for one in synthetic)}
+    values["truncation_rate"] = fmean(one.truncated for one in synthetic)
     for name, side in (("real", real), ("synthetic", synthetic)):
         values[f"length_{name}"] = fmean(len(one.ids) for one in side)
         values[f"repetition_{name}"] = fmean(repetition(one.ids) for one in side)
-    one_a_prompt = list({id(r): (r, s) for r, s in reversed(pairs)}.values())  # more would repeat the real ones
-    for name, side in zip(("real", "synthetic"), zip(*one_a_prompt, strict=True), strict=True):
-        values |= {f"distinct_{n}_{name}": distinct([one.ids for one in side], n) for n in (1, 2)}
+    one_a_prompt = {"real": [real.ids for real, _ in groups], "synthetic": [said[0].ids for _, said in groups]}
+    for name, responses in one_a_prompt.items():
+        values |= {f"distinct_{n}_{name}": distinct(responses, n) for n in (1, 2)}
     values["length_ratio"] = values["length_synthetic"] / values["length_real"]
-    return values | {f"told_by_{feature}": share for feature, share in telling_features(pairs, markers).items()}
+    return values | {f"told_by_{feature}": share for feature, share in telling_features(groups, markers).items()}
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
@@ -91,7 +115,7 @@ def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def telling_features(pairs: Pairs, markers: Sequence[str]) -> dict[str, float]:
+def telling_features(groups: Sequence[Group], markers: Sequence[str]) -> dict[str, float]:
     """The share of pairs that each simple feature tells apart by itself: 0.5 is none, 1 is all."""
     features: dict[str, Callable[[Said], float]] = {
         "length": lambda said: len(said.ids),
@@ -99,46 +123,75 @@ def telling_features(pairs: Pairs, markers: Sequence[str]) -> dict[str, float]:
         "template": lambda said: sum(said.text.count(marker) for marker in markers),
         "repetition": lambda said: repetition(said.ids),
     }
-    shares = {name: _told_apart([(feature(r), feature(s)) for r, s in pairs]) for name, feature in features.items()}
-    return {**shares, "first_token": _told_apart(_first_token_odds(pairs))}
+    pairs = [(real, one) for real, synthetic in groups for one in synthetic]
+    more = {name: _more_often([(feature(r), feature(s)) for r, s in pairs]) for name, feature in features.items()}
+    either_way = {name: max(share, 1 - share) for name, share in more.items()}
+    return {**either_way, "first_token": _more_often(_first_token_odds(groups))}
 
 
-def _told_apart(values: Sequence[tuple[float, float]]) -> float:
-    """How often the real response has more of something, or less, whichever is more often; ties count half."""
-    more = fmean((real > synthetic) + (real == synthetic) / 2 for real, synthetic in values)
-    return max(more, 1 - more)
+def _more_often(values: Sequence[tuple[float, float]]) -> float:
+    """How often the real response has more of something; ties count half."""
+    return fmean((real > synthetic) + (real == synthetic) / 2 for real, synthetic in values)
 
 
-def _first_token_odds(pairs: Pairs) -> list[tuple[float, float]]:
-    """How much more often a response's first token begins a real one, counted in the other half of the pairs."""
-    counts = [[Counter(pair[side].ids[0] for pair in pairs[half::2]) for side in (0, 1)] for half in (0, 1)]
+def _first_token_odds(groups: Sequence[Group]) -> list[tuple[float, float]]:
+    """How much more often a response's first token begins a real one, counted in the other half of the prompts."""
+    counts = []
+    for half in (groups[::2], groups[1::2]):
+        begin_real = Counter(real.ids[0] for real, synthetic in half for _ in synthetic)
+        counts.append((begin_real, Counter(one.ids[0] for _, synthetic in half for one in synthetic)))
 
     def odds(said: Said, half: int) -> float:
-        real, synthetic = counts[half]
-        return math.log((real[said.ids[0]] + 1) / (synthetic[said.ids[0]] + 1))
+        begin_real, begin_synthetic = counts[half]
+        return math.log((begin_real[said.ids[0]] + 1) / (begin_synthetic[said.ids[0]] + 1))
 
-    return [(odds(r, 1 - place % 2), odds(s, 1 - place % 2)) for place, (r, s) in enumerate(pairs)]
+    return [
+        (odds(real, 1 - place % 2), odds(one, 1 - place % 2))
+        for place, (real, synthetic) in enumerate(groups)
+        for one in synthetic
+    ]
 
 
-def of_training(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def of_training(rows: Sequence[Mapping[str, float]], facts: TrainingFacts) -> dict[str, float]:
     """From what an iteration's training logged: how it began, how it ended.
 
     Args:
         rows: Of its `training.jsonl`.
+        facts: How to read them.
     """
-    steps = [row for row in rows if "margin" in row][1:]  # at the first step nothing has moved yet
+    steps = [row for row in rows if "margin" in row and not _is_fresh(int(row["step"]), facts.round_steps)]
     if not steps:
         return {}
-    early = steps[: max(1, round(EARLY * len(steps)))]
-    late = steps[min(len(steps) - 1, round(LATE * len(steps))) :]
-    norms = [row["grad_norm"] for row in steps if "grad_norm" in row]
-    values = {
-        "reward_accuracy_early": fmean(row["reward_accuracy"] for row in early),
-        "reward_accuracy_late": fmean(row["reward_accuracy"] for row in late),
-        "margin_late": fmean(row["margin"] for row in late),
-        "reward_real_late": fmean(row["reward_real"] for row in late),
-    }
-    return values | ({"grad_norm_median": median(norms), "grad_norm_max": max(norms)} if norms else {})
+    last = steps[-1]["step"]
+    late = [row for row in steps if row["step"] > LATE * last]
+    values = {"margin_late": fmean(row["margin"] for row in late)} | _of_gradients(steps, facts.max_grad_norm)
+    if facts.has_reference:
+        lengths = [1.0 if facts.length_normalised else row["length_real"] for row in late]
+        ratios = [row["reward_real"] / facts.beta / length for row, length in zip(late, lengths, strict=True)]
+        values["real_log_ratio_late"] = fmean(ratios)
+    if facts.has_reference and facts.round_steps is None:  # else accuracy doesn't begin at a coin's, or begins anew
+        early = [row for row in steps if row["step"] <= max(2, EARLY * last)]
+        values |= {"reward_accuracy_early": fmean(row["reward_accuracy"] for row in early)} if early else {}
+        values["reward_accuracy_late"] = fmean(row["reward_accuracy"] for row in late)
+    return values
+
+
+def _is_fresh(step: int, round_steps: int | None) -> bool:
+    """Whether nothing has moved yet since the responses were made: all margins are 0, but for rounding."""
+    return step == 1 if round_steps is None else (step - 1) % round_steps == 0
+
+
+def _of_gradients(steps: Sequence[Mapping[str, float]], clipped_to: float) -> dict[str, float]:
+    """The usual norm, the largest, and the largest jump: of a norm that is clipped over the median of those around it.
+
+    An infinite one is how float16 finds its loss scale.
+    """
+    norms = [row["grad_norm"] for row in steps if math.isfinite(row.get("grad_norm", math.inf))]
+    if not norms:
+        return {}
+    around = [median(norms[max(0, place - 5) : place + 6]) for place in range(len(norms))]
+    ratios = [norm / usual for norm, usual in zip(norms, around, strict=True) if norm > clipped_to and usual > 0]
+    return {"grad_norm_median": median(norms), "grad_norm_max": max(norms), "grad_norm_jump": max(ratios, default=1.0)}
 
 
 def of_held_out(player: Sequence[HeldOutExample], opponent: Sequence[HeldOutExample]) -> dict[str, float]:
@@ -194,14 +247,15 @@ def warnings(values: Values, limits: WarningsSection) -> list[Warned]:
 
 
 def _real_falls(values: Values, limit: float) -> str | None:
-    if not values.get("margin_late", 0.0) > 0:
+    if not values.get("margin_late", 0.0) > NO_MARGIN:
         return None
     before = f"The margin grows (to {values['margin_late']:.3g}), but the real responses' log-probs fall"
     if "real_nll_change" in values:
         change, low = values["real_nll_change"], values["real_nll_change_low"]
         beyond_noise = change > limit and low > 0
         return f"{before} by {change:.3f} nats a token on held-out examples." if beyond_noise else None
-    return f"{before} in training." if values["reward_real_late"] < 0 else None
+    fall = -values.get("real_log_ratio_late", 0.0)
+    return f"{before} by {fall:.3f} nats a token in training." if fall > limit else None
 
 
 def _told_at_once(values: Values, limit: float) -> str | None:
@@ -253,8 +307,11 @@ def _identical(values: Values, limit: float) -> str | None:
 
 
 def _gradient(values: Values, limit: float) -> str | None:
-    largest, usual = values.get("grad_norm_max", 0.0), values.get("grad_norm_median", math.inf)
-    return f"The largest gradient norm is {largest:.3g}, the median {usual:.3g}." if largest > limit * usual else None
+    jump = values.get("grad_norm_jump", 1.0)
+    if jump <= limit:
+        return None
+    largest = values["grad_norm_max"]
+    return f"A gradient norm is {jump:.0f} times the median of those around it; the largest is {largest:.3g}."
 
 
 def _drift(values: Values, limit: float) -> str | None:

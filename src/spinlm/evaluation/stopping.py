@@ -16,16 +16,22 @@ def reason_to_stop(section: StopSection, lineage: Sequence[Sequence[HeldOutExamp
         lineage: The starting player's examples, then those of each iteration's main player.
         name: The measure that patience looks at.
     """
-    least, found = section.min_discriminability, measure(lineage[-1]).get("discriminability")
-    if least is not None and found is not None and found.value < least:
+    least = section.min_discriminability
+    if least is not None and (found := _discriminability(lineage[-1])) < least:
         return (
-            f"the main player tells its opponent from people on only {found.value:.0%} of the held-out pairs "
+            f"the main player tells its opponent from people on only {found:.0%} of the held-out pairs "
             f"(stop.min_discriminability: {least})"
         )
     since = iterations_without_gain(lineage, name)
     if section.patience is not None and since >= section.patience:
         return f"{name} hasn't improved beyond noise for {since} iterations (stop.patience: {section.patience})"
     return None
+
+
+def _discriminability(player: Sequence[HeldOutExample]) -> float:
+    """A coin's, where all of the opponent's responses are the real ones."""
+    found = measure(player).get("discriminability")
+    return 0.5 if found is None else found.value
 
 
 def iterations_without_gain(lineage: Sequence[Sequence[HeldOutExample]], name: str) -> int:

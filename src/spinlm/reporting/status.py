@@ -80,8 +80,12 @@ def status(run: RunDir) -> list[StageStatus]:
 
 
 def iterations_to_play(run: RunDir, recipe: Recipe) -> int:
-    """The recipe's, or as many as were played when the run stopped."""
-    return int(read_json(run.path / STOPPED)["iterations"]) if run.has_record(STOPPED) else recipe.iterations
+    """The recipe's; of a run that stopped, as many as were played."""
+    if not run.has_record(STOPPED):
+        return recipe.iterations
+    kind = "adapter" if recipe.adapter is not None else "model"
+    trained = [t for t in range(recipe.iterations) if run.has_record(f"iterations/{t}/{kind}")]
+    return max(int(read_json(run.path / STOPPED)["iterations"]), len(trained))
 
 
 def _shards(run: RunDir, part: str, recipe: Recipe) -> int:

@@ -73,7 +73,7 @@ def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[
 
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    for checkpoint in sorted(directory.glob("checkpoint-*"), key=_step, reverse=True):
+    for checkpoint in sorted(directory.glob("checkpoint-*"), key=step_of, reverse=True):
         if _is_whole(checkpoint):
             return checkpoint
     return None
@@ -90,7 +90,8 @@ def _mark(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.json")
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written at."""
     return int(checkpoint.name.removeprefix("checkpoint-").removesuffix(".json"))
 
 
@@ -107,7 +108,7 @@ class _CommitCheckpoint(TrainerCallback):
             flush_to_disk(checkpoint)
             write_json(_mark(checkpoint), file_hashes(checkpoint))
             for older in Path(args.output_dir).glob("checkpoint-*"):
-                if _step(older) < state.global_step:
+                if step_of(older) < state.global_step:
                     shutil.rmtree(older) if older.is_dir() else older.unlink()
         self._trainer.accelerator.wait_for_everyone()
 

@@ -103,6 +103,11 @@ class Objective:
     noise_ratio: float = 1.0
     history_weight: float = 1.0
 
+    @property
+    def is_of_margins(self) -> bool:
+        """Whether a pair of identical responses has no gradient, since only the margin counts."""
+        return self.loss in MARGIN_LOSSES and not self.nll_weight
+
     def rewards(self, pairs: PairLogprobs) -> Tensor:
         """Of the real and the synthetic responses, [2, B]: beta times the log-ratio (equation 4.7).
 

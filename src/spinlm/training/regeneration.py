@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 from typing import Any
 
-from spinlm.data.pairs import Pair, drop_identical
+from spinlm.data.pairs import Pair
 from spinlm.players.models import without_dropout
 from spinlm.training.spin_trainer import PromptSampler, SPINTrainer
 
@@ -44,14 +44,14 @@ class RegeneratingTrainer(SPINTrainer):
         super().__init__(*args, **kwargs)
 
     def as_they_are_now(self, rows: list[Pair]) -> list[Pair]:
-        """The rows with this round's responses, but for those that are now the real ones (if not all are)."""
+        """The rows with this round's responses; those that teach nothing are left out, if not all do."""
         number = self.state.global_step // self._every
         if number == 0:
             return rows
         if number != self._round:
             self._begin(number)
         fresh = [self._fresh[_key(row)] for row in rows]
-        return drop_identical(fresh)[0] or fresh
+        return self.instructive(fresh)[0] or fresh
 
     def _begin(self, number: int) -> None:
         pairs = self._pairs_of(number)
@@ -63,7 +63,7 @@ class RegeneratingTrainer(SPINTrainer):
         fresh = self._keep(number, make)
         self._fresh = dict(zip(pairs, fresh, strict=True))
         self._round = number
-        self.dropped_identical = drop_identical(fresh)[1]
+        self.dropped_identical = self.instructive(fresh)[1]
 
     def _pairs_of(self, number: int) -> dict[Hashable, Pair]:
         """The pairs that a round's steps train on, by their keys."""
@@ -71,7 +71,7 @@ class RegeneratingTrainer(SPINTrainer):
         steps_an_epoch = math.ceil(len(self.train_dataset) / size)
         sampler = PromptSampler(self.train_dataset, self.sampler_seed)
         pairs: dict[Hashable, Pair] = {}
-        for step in range(number * self._every, (number + 1) * self._every):
+        for step in range(number * self._every, min((number + 1) * self._every, self.state.max_steps)):
             epoch, within = divmod(step, steps_an_epoch)
             sampler.set_epoch(epoch)
             for place in islice(sampler, within * size, (within + 1) * size):

@@ -73,6 +73,12 @@ class SPINConfig(Arguments):
             raise UserError(f"loss: {self.loss!r} is none of {', '.join(LOSSES)}")
         if self.tokens_per_pass is not None and self.tokens_per_pass < 1:
             raise UserError(f"tokens_per_pass: {self.tokens_per_pass} is no number of tokens")
+        for name, least in (("beta", 0.0), ("noise_ratio", 0.0)):
+            if not getattr(self, name) > least:
+                raise UserError(f"{name}: {getattr(self, name)} isn't above {least:g}")
+        for name in ("nll_weight", "history_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}: {getattr(self, name)} is below 0")
 
     @property
     def objective(self) -> Objective:
@@ -88,11 +94,12 @@ class SPINTrainer(PassTrainer[Pair]):
     `real_ids`, `synthetic_ids`. A prompt that is a string is a user's message. Where a row brings no
     `opponent_real_logprob` and `opponent_synthetic_logprob`, the model as it is at construction is the
     opponent. `synthetic_truncated` says that the synthetic response was cut at the token cap: as text it
-    then gets no end-of-turn token. Optional are `reference_real_logprob` and `reference_synthetic_logprob`, where the
-    margin is measured against somebody else than the opponent, and `initial` (or `initial_ids`), the starting
-    player's response for the triplet loss: without it, the synthetic response is the starting player's.
-    Pairs of identical responses are dropped and counted. The model's own dropout is switched off; an
-    adapter's stays.
+    then gets no end-of-turn token. Optional are `reference_real_logprob` and `reference_synthetic_logprob`,
+    where the margin is measured against somebody else than the opponent, and, for the triplet loss, `initial`
+    (or `initial_ids`; with `initial_truncated`), the starting player's response: without it, the synthetic
+    response is the starting player's.
+    Pairs of identical responses are dropped and counted, where the loss only reads margins. The model's own
+    dropout is switched off; an adapter's stays.
 
     The optimiser's batch is `per_device_train_batch_size` times `gradient_accumulation_steps` pairs in each
     process; pairs with the same prompt come together, in an order that is a function of the seed and the epoch.
@@ -163,11 +170,15 @@ class SPINTrainer(PassTrainer[Pair]):
         with without_dropout(self.model), self.accelerator.autocast():  # on its device now: as training will compute
             self.method = method or self._choose_method([*(train or []), *(evaluation or [])])
             if train is not None:
-                self.train_dataset, self.dropped_identical = drop_identical(self.scored(train))
+                self.train_dataset, self.dropped_identical = self.instructive(self.scored(train))
                 if not self.train_dataset:
                     raise UserError("train_dataset: no pair whose responses differ, so there is nothing to learn")
             if evaluation is not None:
-                self.eval_dataset = drop_identical(self.scored(evaluation))[0]
+                self.eval_dataset = self.instructive(self.scored(evaluation))[0]
+
+    def instructive(self, pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
+        """The pairs that have a gradient, and how many don't: for a loss of margins, those of identical responses."""
+        return drop_identical(pairs) if self.objective.is_of_margins else (list(pairs), 0)
 
     def _choose_method(self, pairs: Sequence[Pair]) -> Method:
         groups = group_pairs(pairs).groups
@@ -429,8 +440,9 @@ class PairReader:
             initial_ids = [] if initial is None else self._renderer.response_ids(messages, _words(initial))
         except RenderError as error:
             raise UserError(f"row {number}: {error}") from None
-        if row.get("synthetic_truncated"):
-            synthetic_ids.pop()  # the end-of-turn token, which it never reached
+        for is_cut, ids in (("synthetic_truncated", synthetic_ids), ("initial_truncated", initial_ids)):
+            if row.get(is_cut) and ids:
+                ids.pop()  # the end-of-turn token, which it never reached
         return {
             "prompt_ids": prompt_ids,
             "real_ids": real_ids,
