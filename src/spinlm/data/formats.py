@@ -98,6 +98,18 @@ def examples_of(rows: Sequence[Row], section: DataSection) -> tuple[list[Example
     return examples, dropped
 
 
+def conversation(turns: Any) -> list[Message]:
+    """A list of turns as messages, with our names for their roles.
+
+    Raises:
+        ValueError: It isn't one; the message is a short reason.
+    """
+    try:
+        return _turns(turns)
+    except _UnusableError as unusable:
+        raise ValueError(str(unusable)) from None
+
+
 # Which columns
 
 
