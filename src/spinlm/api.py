@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
+from spinlm.reporting.judged import judged_tables
 from spinlm.reporting.report import Report, Sample, model_card, verdict
 from spinlm.reporting.summary import summarise
 from spinlm.rundir import RunDir, read_json, write_json
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import pandas
     from rich.console import Console
 
+    from spinlm.evaluation.judge import JudgeSettings
     from spinlm.results import Evaluation
     from spinlm.stages import Stages
 
@@ -227,6 +229,59 @@ def _show_benchmarks(stages: Stages, folders: Sequence[str]) -> None:
         if table.folder in folders:
             stages.progress.console.print(table.rich())
     stages.progress.say(f"benchmarks: {path}")
+
+
+def judge(
+    recipe: Recipe,
+    suites: Sequence[str],
+    settings: JudgeSettings,
+    players: str = "all",
+    against: str | None = None,
+    questions: str | None = None,
+    limit: int | None = None,
+    repair: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Let a model judge a run's players, and show what it makes of them.
+
+    Args:
+        recipe: The run's.
+        suites: `arena`, `mt-bench` or both.
+        settings: Who judges, and how it is asked.
+        players: `all` iterations that are trained, `best`, `latest`, or numbers of iterations and the names of
+            other players, with commas between them.
+        against: Whom they are held against: another player, a file of answers, or another model. None: the
+            player that self-play started from.
+        questions: A file, or a dataset on the hub. None: the held-out prompts for arena, MT-bench's for mt-bench.
+        limit: Only this many of them, for a try.
+        repair: Make anew those answers and results that aren't what was committed.
+        console: Where to show progress; default: standard output.
+
+    Raises:
+        UserError: Something that the person who runs it can put right.
+    """
+    source = Run(recipe.run_dir)
+    names = _players_named(source, players)
+
+    from spinlm.judging import Judging, judge_run
+
+    with opened(recipe, only={"evaluate", "benchmark"}, console=console) as stages:
+        if repair and stages.processes.is_main_process:
+            stages.run.repair("benchmarks/answers/", *(f"benchmarks/{suite}/" for suite in suites))
+        keys = judge_run(stages, Judging(suites, names, against, questions, limit), settings)
+        for table in judged_tables(stages.run, keys):
+            stages.progress.console.print(table.rich())
+        for key in keys:
+            stages.progress.say(f"{key.split('/')[1]}: {stages.run.path / key}")
+    return source
+
+
+def _players_named(source: Run, asked: str) -> list[str]:
+    """Names of players: of iterations, by their numbers, and of others."""
+    parts = [part.strip() for part in asked.split(",")]
+    others = list(dict.fromkeys(part for part in parts if part in ("base", "sft", "control")))
+    numbers = ",".join(part for part in parts if part not in others)
+    return [*others, *([f"iteration-{t}" for t in _chosen(source, numbers)] if numbers else [])]
 
 
 def _chosen(source: Run, asked: str) -> list[int]:

@@ -67,25 +67,8 @@ def committed_players(stages: Stages, iterations: Sequence[int]) -> list[Player]
     Raises:
         UserError: One of them isn't there, or isn't what was committed.
     """
-    named = [("sft", "sft")] if stages.recipe.sft is not None else []
-    named += [(f"iteration-{t}", f"iterations/{t}") for t in iterations]
-    named += [("control", "control")] if stages.has_control() else []
-    kind = "adapter" if stages.recipe.adapter is not None else "model"
-    trained = [_committed(stages.run, name, f"{folder}/{kind}") for name, folder in named]
-    first = "sft" if stages.recipe.sft is not None else "iterations/0"
-    if stages.run.record(f"{first}/{kind}")["inputs"]["start"] != stages.base.hash:
-        raise UserError(
-            f"model.name: {stages.recipe.model.name} isn't the base that {stages.run.path} was trained from: put that "
-            "one back"
-        )
-    return [stages.base, *trained]
-
-
-def _committed(run: RunDir, name: str, key: str) -> Player:
-    if not run.has_record(key):
-        raise UserError(f"{run.path / key}: {name} isn't trained yet: run spinlm run first")
-    run.verify(key)
-    return Player(name, run.path / key, str(run.record(key)["hash"]))
+    names = ["base", *(["sft"] if stages.recipe.sft is not None else []), *(f"iteration-{t}" for t in iterations)]
+    return [stages.player(name) for name in (*names, *(["control"] if stages.has_control() else []))]
 
 
 def folder_of(suite: str, limit: int | None) -> str:

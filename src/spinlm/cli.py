@@ -35,6 +35,28 @@ DataOption = Annotated[
 IterationOption = Annotated[
     int | None, typer.Option("--iteration", help="Default: the first one where this stage isn't done.", min=0)
 ]
+JudgeUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--judge-url", help="For arena and mt-bench: an OpenAI-compatible endpoint, up to /v1.", metavar="URL"
+    ),
+]
+JudgeModelOption = Annotated[
+    str | None, typer.Option("--judge-model", help="Who judges there. The key: SPINLM_JUDGE_KEY or OPENAI_API_KEY.")
+]
+JudgeConcurrencyOption = Annotated[int, typer.Option("--judge-concurrency", help="Requests at the same time.", min=1)]
+JudgeTimeoutOption = Annotated[float, typer.Option("--judge-timeout", help="Seconds that a request may take.", min=0.1)]
+JudgeMaxTokensOption = Annotated[int, typer.Option("--judge-max-tokens", help="Of what the judge says.", min=1)]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        "--against", help="Whom the judge holds players against: another player, a model, a JSONL file of answers."
+    ),
+]
+QuestionsOption = Annotated[
+    str | None,
+    typer.Option("--questions", help="What is asked: a JSONL file, or a hub dataset. Default: see docs/judging.md."),
+]
 
 
 @app.command()
@@ -99,11 +121,16 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            "--suite", help="Run these benchmarks instead: a suite, a task of lm-eval's, or a file of either."
+            "--suite",
+            help="Run these benchmarks instead: a suite, a task of lm-eval's, or a file of either; arena, mt-bench.",
         ),
     ] = None,
     iterations: Annotated[
-        str, typer.Option("--iterations", help="With --suite: all, best, latest, or numbers: 0,2.")
+        str,
+        typer.Option(
+            "--iterations",
+            help="With --suite: all, best, latest, or numbers: 0,2; before a judge, also names: control.",
+        ),
     ] = "all",
     limit: Annotated[
         int | None, typer.Option("--limit", help="With --suite: only so many examples of each task, for a try.", min=1)
@@ -115,17 +142,37 @@ def evaluate(
     repair: Annotated[
         bool, typer.Option("--repair", help="With --suite: measure anew what was measured differently.")
     ] = False,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
+    judge_concurrency: JudgeConcurrencyOption = 8,
+    judge_timeout: JudgeTimeoutOption = 120.0,
+    judge_max_tokens: JudgeMaxTokensOption = 2048,
+    against: AgainstOption = None,
+    questions: QuestionsOption = None,
 ) -> None:
     """Only the held-out measures, of every player that is trained already; with --suite, only benchmarks."""
     from spinlm import selfplay
-    from spinlm.api import benchmark, conclude, opened
+    from spinlm.api import benchmark, conclude, judge, opened
+    from spinlm.evaluation.judge import SUITES, JudgeSettings
 
     of_run = _recipe_of_run(recipe, overrides) or _recipe(recipe, overrides, model, data)
+    judged = [name for name in suite or () if name in SUITES]
+    scored = [name for name in suite or () if name not in SUITES]
+    if not suite and (limit or repair or iterations != "all"):
+        raise UserError("--iterations, --limit and --repair go with --suite")
+    if not scored and batch_size:
+        raise UserError("--batch-size goes with --suite and a suite of lm-eval's tasks")
+    if not judged and (judge_url or judge_model or against or questions):
+        raise UserError(f"--judge-url, --judge-model, --against and --questions go with --suite {' or '.join(SUITES)}")
+    if judged and not (judge_url and judge_model):
+        raise UserError(f"{' and '.join(judged)}: a model judges: give both --judge-url and --judge-model")
+    by = JudgeSettings(judge_url or "", judge_model or "", judge_concurrency, judge_timeout, judge_max_tokens)
+    if scored:
+        benchmark(of_run, scored, iterations, limit, batch_size, repair)
+    if judged:
+        judge(of_run, judged, by, iterations, against, questions, limit, repair)
     if suite:
-        benchmark(of_run, suite, iterations, limit, batch_size, repair)
         return
-    if limit or batch_size or repair or iterations != "all":
-        raise UserError("--iterations, --limit, --batch-size and --repair go with --suite")
     with opened(of_run, only={"data", "evaluate"}) as stages:
         trained = list(itertools.takewhile(stages.is_trained, range(stages.recipe.iterations)))
         if not trained:

@@ -309,10 +309,12 @@ class RunDir:
         else:
             place.unlink(missing_ok=True)
 
-    def repair(self) -> list[str]:
-        """Forget every artifact that isn't what was committed, so that the run makes it anew."""
+    def repair(self, *beginnings: str) -> list[str]:
+        """Forget every artifact (or those whose keys begin so) that isn't what was committed: it is made anew."""
         broken = []
         for key in self.keys():
+            if not key.startswith(beginnings or ""):
+                continue
             try:
                 self.verify(key)
             except CorruptArtifact:

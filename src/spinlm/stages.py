@@ -79,6 +79,33 @@ class Stages(Workshop):
         self.run.verify(key)
         return Player(f"iteration-{iteration - 1}", self.run.path / key, str(self.run.record(key)["hash"]))
 
+    def trained_players(self) -> dict[str, str]:
+        """Where the weights of each player are that this run has trained, by name, in the order of play."""
+        folders = {"sft": "sft", **{f"iteration-{t}": f"iterations/{t}" for t in range(self.recipe.iterations)}}
+        keys = {name: self._weights_key(folder) for name, folder in (folders | {"control": "control"}).items()}
+        return {name: key for name, key in keys.items() if self.run.has_record(key)}
+
+    def player(self, name: str) -> Player:
+        """A player by its name, as it is committed.
+
+        Raises:
+            UserError: It isn't there, or was trained from another base model than is there now.
+        """
+        keys = self.trained_players()
+        first = keys.get("iteration-0" if self.recipe.sft is None else "sft")
+        if first is not None and self.run.record(first)["inputs"]["start"] != self.base.hash:
+            raise UserError(
+                f"model.name: {self.recipe.model.name} isn't the base that {self.run.path} was trained from: put that "
+                "one back"
+            )
+        if name == "base":
+            return self.base
+        if name not in keys:
+            there = ", ".join(["base", *keys])
+            raise UserError(f"{self.run.path}: {name} isn't trained yet: run spinlm run first; there are: {there}")
+        self.run.verify(keys[name])
+        return Player(name, self.run.path / keys[name], str(self.run.record(keys[name])["hash"]))
+
     def is_generated(self, iteration: int) -> bool:
         """Whether every shard of an iteration's responses is committed."""
         count = -(-len(self.played) // self.recipe.generation.shard_size)

@@ -130,16 +130,29 @@ class Workshop:
 
     # --- answers and scores ---
 
+    def answer_prompts(self, folder: str, title: str, player: Player, prompts: Sequence[TokenizedExample]) -> Answers:
+        """A player's response to each of other prompts than the data's: greedy, where the recipe wants greedy ones."""
+        sampling = Sampling.of(self.recipe.generation, greedy=self.recipe.evaluation.greedy)
+        name = digest([[prompt.id, prompt.prompt_ids] for prompt in prompts])
+        return self._answers(folder, title, player, prompts, sampling, 1, data=name)
+
     def _answers(
-        self, folder: str, title: str, player: Player, examples: Sequence[TokenizedExample], sampling: Sampling, k: int
+        self,
+        folder: str,
+        title: str,
+        player: Player,
+        examples: Sequence[TokenizedExample],
+        sampling: Sampling,
+        k: int,
+        data: str | None = None,
     ) -> Answers:
-        """A player's k responses to each example's prompt, shard by shard."""
+        """A player's k responses to each example's prompt, shard by shard; `data` names prompts of another origin."""
         inputs = self._inputs(
             "seed",
             sampling=asdict(sampling),
             k=k,
             player=player.hash,
-            data=self._data_hash,
+            data=data or self._data_hash,
             precision=self._precision,
             engine=self._engine_name,
         )

@@ -1,0 +1,138 @@
+"""What judges made of a run's players, as tables: read from the run directory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from spinlm.reporting.report import with_interval
+from spinlm.rundir import RunDir, read_json
+
+Result = Mapping[str, Any]
+"""A committed `result.json`."""
+
+
+@dataclass(frozen=True)
+class JudgedTable:
+    """A table of text.
+
+    Attributes:
+        title: What was judged, on which questions, and by whom.
+        headings: Of the columns.
+        rows: A cell for each heading.
+        notes: What a reader has to know.
+    """
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def rich(self) -> Table:
+        """For the terminal: intervals on a line of their own, so that it fits 80 characters."""
+        caption = escape("\n".join(self.notes))
+        table = Table(title=escape(self.title), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for place, heading in enumerate(self.headings):
+            table.add_column(escape(heading), justify="right" if place else "left")
+        for row in self.rows:
+            table.add_row(*(escape(cell).replace(" [", "\n[") for cell in row))
+        return table
+
+
+def judged_tables(run: RunDir, keys: Sequence[str] | None = None) -> list[JudgedTable]:
+    """A table for each benchmark, set of questions and judge.
+
+    Args:
+        run: The run.
+        keys: Only these results. None: all that are committed, but for those of players that were trained
+            anew since.
+    """
+    if keys is None:
+        keys = [key for record in run.records() if _is_result(key := record["key"]) and _is_current(run, record)]
+    results: dict[tuple[str, str, str], list[Result]] = {}
+    for key in keys:
+        result = read_json(run.path / key / "result.json")
+        results.setdefault((key.split("/")[1], result["questions"], result["judge"]), []).append(result)
+    return [_TABLES[suite](questions, judge, of_table) for (suite, questions, judge), of_table in results.items()]
+
+
+def _arena_table(questions: str, judge: str, results: Sequence[Result]) -> JudgedTable:
+    rows = [
+        [
+            f"{r['player']} against {r['other']}",
+            with_interval(r["win_rate"]),
+            with_interval(r["length_controlled_win_rate"]),
+            f"{r['wins']} / {r['ties']} / {r['losses']}",
+            _optional(r["position_bias"]),
+            f"{r['length']['value']:.0f} / {r['other_length']['value']:.0f}",
+        ]
+        for r in results
+    ]
+    headings = ["", "win rate", "length-controlled", "won / tied / lost", "orders disagree", "characters"]
+    notes = ["Ties count half; a question is won where the judge prefers the answer in both orders. 95 % intervals."]
+    notes += _notes([(f"{r['player']} against {r['other']}", r) for r in results])
+    return JudgedTable(f"arena: {questions}, judged by {judge}", headings, rows, notes)
+
+
+def _mt_bench_table(questions: str, judge: str, results: Sequence[Result]) -> JudgedTable:
+    turns = sorted({turn for r in results for turn in r["turns"]}, key=int)
+    categories = list(dict.fromkeys(name for r in results for name in r["categories"]))
+    rows = [
+        [
+            r["player"],
+            with_interval(r["grade"]),
+            *(_optional(r["turns"].get(turn)) for turn in turns),
+            *(_value(r["categories"].get(name)) for name in categories),
+        ]
+        for r in results
+    ]
+    headings = ["", "grade", *(f"turn {turn}" for turn in turns), *categories]
+    notes = ["Mean grades from 1 to 10, with 95 % intervals.", *_notes([(r["player"], r) for r in results])]
+    return JudgedTable(f"mt-bench: {questions}, judged by {judge}", headings, rows, notes)
+
+
+_TABLES: Mapping[str, Callable[[str, str, Sequence[Result]], JudgedTable]] = {
+    "arena": _arena_table,
+    "mt-bench": _mt_bench_table,
+}
+
+
+def _notes(results: Sequence[tuple[str, Result]]) -> list[str]:
+    """What weakens a result."""
+    notes = []
+    for name, result in results:
+        counts = {
+            "without a verdict": result["no_verdict"],
+            "equal answers, not judged": result.get("equal_answers", 0),
+            "answers cut at the cap": result["cut"] + result.get("other_cut", 0),
+        }
+        if any(counts.values()):
+            notes.append(f"{name}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count) + ".")
+    return notes
+
+
+def _optional(measured: Mapping[str, float] | None) -> str:
+    return with_interval(measured) if measured else "–"
+
+
+def _value(measured: Mapping[str, float] | None) -> str:
+    return f"{measured['value']:.2f}" if measured else "–"
+
+
+def _is_result(key: str) -> bool:
+    return key.startswith(tuple(f"benchmarks/{suite}/" for suite in _TABLES))
+
+
+def _is_current(run: RunDir, record: Mapping[str, Any]) -> bool:
+    """Whether its players are still those that the run has under these names."""
+    for name, player in record["inputs"]["players"].items():
+        folder = f"iterations/{name.removeprefix('iteration-')}" if name.startswith("iteration-") else name
+        for key in (f"{folder}/adapter", f"{folder}/model"):
+            if run.has_record(key) and run.record(key)["hash"] != player:
+                return False
+    return True
