@@ -16,12 +16,14 @@ from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.judged import judged_tables
+from spinlm.reporting.metrics import evaluations_frame, metrics_frame
 from spinlm.reporting.report import Report, Sample, model_card, verdict
 from spinlm.reporting.summary import summarise
 from spinlm.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
     import pandas
+    from pandas import DataFrame
     from rich.console import Console
 
     from spinlm.evaluation.judge import JudgeSettings
@@ -81,6 +83,16 @@ class Run:
         """The iterations whose main player is committed."""
         kind = "adapter" if self.recipe.adapter is not None else "model"
         return [t for t in range(self.recipe.iterations) if self._run_dir.has_record(f"iterations/{t}/{kind}")]
+
+    @property
+    def evaluations(self) -> DataFrame:
+        """The held-out measures: player, iteration, measure, value, low, high, prompts; a row for each measure."""
+        return evaluations_frame(self._run_dir)
+
+    @property
+    def metrics(self) -> DataFrame:
+        """Every number of the run: source, player, step, metric, value, low, high, count; see docs/measures.md."""
+        return metrics_frame(self._run_dir)
 
     def _pointed(self, name: str) -> Path:
         link = self.path / name
@@ -143,7 +155,10 @@ def opened(
             for key in broken:
                 progress.say(f"{key}: not what was committed, so it is made anew")
         with closing(Stages(recipe, run_dir, progress, only, repair)) as stages:
-            yield stages
+            try:
+                yield stages
+            finally:
+                stages.page.end()
 
 
 @contextmanager
@@ -163,7 +178,8 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
         stages.progress.console.print(report.table())
     stages.progress.say(verdict(summary))
     _say_samples(stages, report)
-    stages.progress.say(f"report: {run_dir.path / 'report.md'}")
+    stages.page.conclude()
+    stages.progress.say(f"report: {run_dir.path / 'report.html'}")
     stages.progress.say(f"next: spinlm export {run_dir.path} OUT --merge")
 
 

@@ -233,15 +233,24 @@ def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
-    """Show a run's report.md."""
-    path = run_dir / "report.md"
-    if not path.is_file():
-        from spinlm.rundir import RunDir
-
-        RunDir(run_dir).header()
-        raise UserError(f"{path}: not there yet; it is written when a run ends (see spinlm status {run_dir})")
-    typer.echo(path.read_text(encoding="utf-8"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Several runs are compared.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where to write the page. Default: RUN/report.html; of several: comparison.html."),
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1, for a remote machine.")] = False,
+    port: Annotated[int, typer.Option("--port", help="Where to serve it; 0: any free port.", min=0, max=65535)] = 8765,
+) -> None:
+    """Write a run's report anew, as one HTML page, and show its summary; or compare several runs."""
+    if serve and (len(runs) > 1 or out is not None):
+        raise UserError("--serve shows the page of one run, and writes no file: give one RUN, and no --out")
+    if serve:
+        _serve(runs[0], port)
+    elif len(runs) > 1:
+        _compare(runs, out)
+    else:
+        _report(runs[0], out)
 
 
 @app.command()
@@ -281,6 +290,48 @@ def _recipe_of_run(directory: str | None, overrides: list[str] | None) -> Any:
     if overrides:
         raise UserError(f"{directory}: a run keeps to its own recipe: take {' '.join(overrides)} out")
     return RunDir(Path(directory)).recipe().model_copy(update={"run_dir": directory})
+
+
+def _report(path: Path, out: Path | None) -> None:
+    from rich.console import Console
+
+    from spinlm.reporting import html
+    from spinlm.reporting.report import Report, verdict
+    from spinlm.reporting.summary import summarise
+    from spinlm.rundir import RunDir, write_text
+
+    run_dir = RunDir(path)
+    running = run_dir.is_running()
+    try:
+        if out is None:
+            out = html.write(run_dir, running)
+        else:
+            write_text(out, html.page(run_dir, running))
+    except OSError as error:
+        place = out or run_dir.path / html.FILE
+        raise UserError(f"{place}: can't be written: {error.strerror}; give another place by --out FILE") from None
+    summary = summarise(run_dir)
+    if summary.measures:
+        Console().print(Report(summary, []).table())
+    typer.echo(verdict(summary))
+    typer.echo(f"report: {out}")
+
+
+def _compare(paths: list[Path], out: Path | None) -> None:
+    from spinlm.reporting.comparison import FILE, write_comparison
+    from spinlm.rundir import RunDir
+
+    typer.echo(f"comparison: {write_comparison([RunDir(path) for path in paths], out or Path(FILE))}")
+
+
+def _serve(path: Path, port: int) -> None:
+    from spinlm.reporting.server import address, make_server, tunnel
+    from spinlm.rundir import RunDir
+
+    with make_server(RunDir(path), port) as server:
+        typer.echo(f"{path}: {address(server)} (Ctrl-C ends it)")
+        typer.echo(f"from another machine: {tunnel(server)}, then open {address(server)} there")
+        server.serve_forever()
 
 
 def _iteration(stages: Any, stage: str, asked: int | None) -> int:

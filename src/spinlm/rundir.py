@@ -15,12 +15,14 @@ import json
 import os
 import shutil
 import socket
+import struct
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from spinlm.config import Recipe, recipe_from
 from spinlm.errors import UserError
@@ -31,6 +33,8 @@ Inputs = Mapping[str, Any]
 
 STOPPED = "stopped.json"
 """The artifact that says after how many iterations the loop ended, where that wasn't the last, and why."""
+
+_PART = ".part"
 
 
 class CorruptArtifact(UserError):
@@ -209,12 +213,39 @@ class RunDir:
             lock.truncate(0)
             lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
-            shutil.rmtree(self.path / ".staging", ignore_errors=True)
+            self._sweep()
             try:
                 yield
             finally:
                 shutil.rmtree(self.path / ".staging", ignore_errors=True)
                 lock.truncate(0)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process has left half-written."""
+        shutil.rmtree(self.path / ".staging", ignore_errors=True)
+        for part in self.path.glob(f".*{_PART}"):
+            part.unlink(missing_ok=True)
+
+    def is_running(self) -> bool:
+        """Whether another process holds the run. Asked without touching the lock, which a run may be about to take.
+
+        Never ask this in the process that holds the run: closing the file here would let go of its lock.
+        """
+        try:
+            with (self.path / "lock").open("rb") as lock:
+                return _is_held(lock)
+        except FileNotFoundError:
+            return False
+
+    def put(self, name: str, text: str) -> Path:
+        """Write a file that can be made from the artifacts at any time: whole or not at all, and without a record."""
+        beside = self.path / f".{name}.{os.getpid()}{_PART}"  # others may be writing it too
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(self.path / name)
+        finally:
+            beside.unlink(missing_ok=True)
+        return self.path / name
 
     # --- artifacts ---
 
@@ -275,6 +306,34 @@ class RunDir:
         """Those that are written to their end: one that is being written begins with a dot."""
         return sorted((self.path / "commits").glob("[!.]*.json"))
 
+    def committed(self, key: str, name: str = "") -> bytes:
+        """A committed artifact's file, as it was committed.
+
+        Args:
+            key: The artifact's.
+            name: Of the file within it, where it is a directory.
+
+        Raises:
+            CorruptArtifact: It is missing or isn't what was committed.
+        """
+        record, path = self.record(key), self.path / key / name
+        try:
+            content = path.read_bytes()
+        except OSError:
+            raise self._corrupt(path, None, record) from None
+        found = hashlib.sha256(content).hexdigest()
+        if found != record["files"].get(name):
+            raise self._corrupt(path, found, record)
+        return content
+
+    def committed_json(self, key: str) -> Any:
+        """A committed JSON file; raises as `committed`."""
+        return json.loads(self.committed(key))
+
+    def committed_rows(self, key: str, name: str = "") -> list[dict[str, Any]]:
+        """The rows of a committed JSONL file; raises as `committed`."""
+        return [json.loads(line) for line in self.committed(key, name).splitlines()]
+
     def recorded_input(self, name: str) -> Any:
         """What some artifact was made from, by the first record that names it; None where none does."""
         for key in self.keys():
@@ -297,8 +356,7 @@ class RunDir:
         found = file_hashes(place)
         for name in sorted(found.keys() | record["files"].keys()):
             if found.get(name) != record["files"].get(name):
-                what = "missing" if name not in found else "not what was committed (its SHA-256 differs)"
-                raise CorruptArtifact(f"{place / name if name else place}: {what}. {self._remedy(record['stage'])}")
+                raise self._corrupt(place / name, found.get(name), record)
 
     def forget(self, key: str) -> None:
         """Remove an artifact and its record, the record first."""
@@ -322,6 +380,10 @@ class RunDir:
                 broken.append(key)
         return broken
 
+    def _corrupt(self, path: Path, found: str | None, record: Mapping[str, Any]) -> CorruptArtifact:
+        what = "missing" if found is None else "not what was committed (its SHA-256 differs)"
+        return CorruptArtifact(f"{path}: {what}. {self._remedy(record['stage'])}")
+
     def _remedy(self, stage: str | None) -> str:
         which = f"The stage {stage!r}" if stage else "Its stage"
         command = "spinlm evaluate" if stage == "benchmark" else "spinlm run"
@@ -333,6 +395,15 @@ class RunDir:
         staging.unlink(missing_ok=True)
         staging.symlink_to(key)
         staging.replace(self.path / name)
+
+
+def _is_held(lock: BinaryIO) -> bool:
+    """Whether another process has locked a file, by the system's `struct flock`; on a Mac its type comes fourth."""
+    layout, place = ("@qqihh", 3) if sys.platform == "darwin" else ("@hhqqi", 0)
+    asked = [0] * 5
+    asked[place] = fcntl.F_WRLCK
+    answer = fcntl.fcntl(lock, fcntl.F_GETLK, struct.pack(layout, *asked))
+    return bool(struct.unpack(layout, answer)[place] != fcntl.F_UNLCK)
 
 
 def canonical(value: Any) -> Any:
@@ -364,9 +435,14 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file beside its place and rename it in."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
-    beside.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     flush_to_disk(beside)
     beside.replace(path)
     _flush_directory(path.parent)

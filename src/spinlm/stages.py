@@ -372,6 +372,7 @@ class Stages(Workshop):
                 write_jsonl(place, [asdict(example) for example in examples])
             with measures.staging() as place:
                 write_json(place, {name: asdict(value) for name, value in measure(examples).items()})
+            self.page.update(now=True)
         self.processes.wait_for_everyone()
         examples = [HeldOutExample.of(row) for row in read_jsonl(rows.path)]
         return Evaluation(player, sampled, greedy, scores, examples, read_json(measures.path))

@@ -31,6 +31,7 @@ from spinlm.generation.vllm_engine import VLLMEngine
 from spinlm.players.layouts import LAYOUTS, count_tokens, tokens_per_pass
 from spinlm.players.logprobs import Method, choose_method, score_groups
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
+from spinlm.reporting.html import LivePage
 from spinlm.reporting.progress import Progress
 from spinlm.results import Answers, Scores
 from spinlm.rundir import (
@@ -76,6 +77,7 @@ class Workshop:
         self.run = run
         self.progress = progress
         self.processes = PartialState()
+        self.page = LivePage(run, progress.say, writes=self.processes.is_main_process)
         self._precision = recipe.training.precision
         self.players = Players(recipe.model, recipe.adapter, self._precision)
         self._chosen_method: Method | None = None
@@ -309,6 +311,7 @@ class Workshop:
                     with artifacts[number].staging() as place:
                         write_jsonl(place, rows)
                     task.advance(0, finished - task.done)
+                    self.page.update()
                 timing["tokens"] = task.tokens
         self.processes.wait_for_everyone()
         rows = [row for artifact in artifacts for row in read_jsonl(artifact.path)]
@@ -351,7 +354,7 @@ class Workshop:
                 trainer = make_trainer(model, checkpoints, method)
                 if candidates is not None:
                     trainer.add_callback(EachCheckpoint(partial(self._commit_candidate, trainer, candidates, inputs)))
-                rows = train_resumably(trainer, lambda *logged: self.progress.training(title, *logged))
+                rows = train_resumably(trainer, lambda *logged: self._show_training(title, *logged))
                 self._commit_training(trainer, rows, log, weights)
                 sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
             del trainer  # with its optimiser, before anything else is loaded
@@ -361,6 +364,10 @@ class Workshop:
         if self.processes.is_main_process:
             self.run.remove_checkpoints(folder)
         return Player(name, weights.path, weights.hash)
+
+    def _show_training(self, title: str, step: int, steps: int, logs: dict[str, float]) -> None:
+        self.progress.training(title, step, steps, logs)
+        self.page.update()
 
     def _commit_training(self, trainer: Any, rows: list[dict[str, Any]], log: Artifact, weights: Artifact) -> None:
         if self.processes.is_main_process:
@@ -496,6 +503,7 @@ class Workshop:
                 timing["seconds"] = round(time.perf_counter() - started, 3)
                 with (self.run.path / "timings.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(timing) + "\n")
+        self.page.update()
 
 
 def prepare_data(recipe: Recipe, players: Players, renderer: Renderer) -> Split:

@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
 
 ROWS = 15
 
-NOT_REPEATED = ("lock", "timings.jsonl")
+NOT_REPEATED = ("lock", "timings.jsonl", "report.html")
 """The files in which two equal runs may differ."""
 
 

@@ -33,7 +33,7 @@ def _artifacts() -> dict[str, list[str]]:
 
 def test_leaves_exactly_these_files(finished: Path) -> None:
     artifacts = _artifacts()
-    expected = {"run.json", "lock", "timings.jsonl", "report.md", "latest", "best"}
+    expected = {"run.json", "lock", "timings.jsonl", "report.html", "report.md", "metrics.jsonl", "latest", "best"}
     expected |= {name for names in artifacts.values() for name in names}
     expected |= {f"commits/{key.replace('/', '--')}.json" for key in artifacts}
     found = contents(finished / "runs/recipe", without=())

@@ -140,12 +140,35 @@ def difference(mine: Sequence[HeldOutExample], theirs: Sequence[HeldOutExample],
     if not both:
         return Measured(math.nan, math.nan, math.nan, 0)
     sums = np.asarray(both, dtype=float)  # [prompts, player, numerator and denominator]
+    drawn = sums[_draws(len(sums))].sum(axis=1)
+    return _difference(sums.sum(axis=0), drawn, len(sums))
+
+
+def unpaired_difference(mine: Sequence[HeldOutExample], theirs: Sequence[HeldOutExample], name: str) -> Measured:
+    """The same of players that don't answer the same prompts: each is drawn by itself, so the interval is wider.
+
+    Its `prompts` are those of the player that has fewer.
+    """
+    part = PARTS[name]
+    sides = [
+        np.asarray([found for example in examples if (found := part(example)) is not None], dtype=float)
+        for examples in (mine, theirs)
+    ]  # [prompts, numerator and denominator] each
+    if not all(len(side) for side in sides):
+        return Measured(math.nan, math.nan, math.nan, 0)
+    sums = np.stack([side.sum(axis=0) for side in sides])
+    drawn = np.stack([side[_draws(len(side), seed)].sum(axis=1) for seed, side in enumerate(sides)], axis=1)
+    return _difference(sums, drawn, min(map(len, sides)))
+
+
+def _difference(sums: np.ndarray, drawn: np.ndarray, prompts: int) -> Measured:
+    """Of two fractions, from their sums [player, numerator and denominator] and as many bootstrap draws of them."""
 
     def differences(total: np.ndarray) -> np.ndarray:
         return np.asarray(total[..., 0, 0] / total[..., 0, 1] - total[..., 1, 0] / total[..., 1, 1])
 
-    low, high = np.percentile(differences(sums[_draws(len(sums))].sum(axis=1)), (2.5, 97.5))
-    return Measured(float(differences(sums.sum(axis=0))), float(low), float(high), len(sums))
+    low, high = np.percentile(differences(drawn), (2.5, 97.5))
+    return Measured(float(differences(sums)), float(low), float(high), prompts)
 
 
 def is_better(change: Measured, name: str) -> bool:
@@ -182,9 +205,9 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Measure
     return Measured(float(top.sum() / bottom.sum()), float(low), float(high), len(top))
 
 
-def _draws(prompts: int) -> np.ndarray:
+def _draws(prompts: int, seed: int = 0) -> np.ndarray:
     """The bootstrap's resamples of prompts, by their places; the same each time."""
-    return np.random.default_rng(0).integers(0, prompts, size=(BOOTSTRAP_SAMPLES, prompts))
+    return np.random.default_rng(seed).integers(0, prompts, size=(BOOTSTRAP_SAMPLES, prompts))
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,6 +25,14 @@ COLUMNS = {
     "drift": "drift, nats a token",
 }
 """The measures shown, in order, and their headings."""
+
+
+def heading(measure: str) -> str:
+    """A measure's, with a capital."""
+    return COLUMNS[measure][0].upper() + COLUMNS[measure][1:]
+
+
+PLAYERS_ABREAST = 6
 
 
 @dataclass(frozen=True)
@@ -47,16 +56,26 @@ class Report:
     summary: Summary
     samples: Sequence[Sample]
 
-    def table(self) -> Table:
-        """For the terminal: a column for each player, the best in bold; five of them fit 80 characters."""
-        title, measures = escape(self.summary.title), self.summary.measures
-        table = Table(title=f"{title}: held-out measures, with 95 % intervals", box=SIMPLE_HEAD, padding=0)
-        table.add_column("", no_wrap=True)
-        for player in measures:
+    def table(self) -> Group:
+        """For the terminal: a column for each player, the best in bold; six fit 80 characters, and more go below."""
+        players = list(self.summary.measures)
+        title = f"{escape(self.summary.title)}: held-out measures, with 95 % intervals"
+        return Group(
+            *(
+                self._table(players[at : at + PLAYERS_ABREAST], "" if at else title)
+                for at in range(0, len(players), PLAYERS_ABREAST)
+            )
+        )
+
+    def _table(self, players: Sequence[str], title: str) -> Table:
+        table = Table(title=title or None, box=SIMPLE_HEAD, padding=0)
+        table.add_column("")
+        for player in players:
             style = "bold" if player == self.summary.best else ""
-            table.add_column(player, justify="right", no_wrap=True, style=style, header_style=style)
+            table.add_column(player.replace("-", " "), justify="right", style=style, header_style=style)
         for name in self._shown():
-            table.add_row(COLUMNS[name], *(_on_two_lines(of_player.get(name)) for of_player in measures.values()))
+            cells = [_on_two_lines(self.summary.measures[player].get(name)) for player in players]
+            table.add_row(COLUMNS[name], *cells)
         return table
 
     def markdown(self) -> str:
@@ -88,8 +107,10 @@ class Report:
 
 def verdict(summary: Summary) -> str:
     """Which iteration, by which measure, and whether it is beyond noise."""
-    if summary.best is None:
+    if summary.held_out == 0:
         return "Nothing was held out, so nothing was measured: the latest iteration is also called the best."
+    if summary.best is None:
+        return "No iteration is measured yet."
     best = summary.measures[summary.best][summary.select_by]
     lines = [f"Best iteration: {summary.best}, by {summary.select_by}: {with_interval(best)}."]
     lines += [_compared_with(other, summary) for other in summary.measures if not is_iteration(other)]
@@ -97,15 +118,13 @@ def verdict(summary: Summary) -> str:
 
 
 def _compared_with(other: str, summary: Summary) -> str:
-    """The difference's own interval decides: the players answer the same prompts."""
-    change = summary.differences[other]
-    if change["value"] == 0:
+    outcome = summary.outcome(other)
+    if outcome.word == "equal":
         return f"It is equal to {other}."
-    word = "better" if (change["value"] > 0) is summary.higher_is_better else "worse"
-    beyond = change["low"] > 0 or change["high"] < 0
-    noise = "beyond noise" if beyond else "this may be noise"
+    noise = "beyond noise" if outcome.beyond_noise else "this may be noise"
     theirs = with_interval(summary.measures[other][summary.select_by])
-    return f"It is {word} than {other} ({theirs}) by {with_interval(change, signed=True)}: {noise}."
+    change = with_interval(summary.differences[other], signed=True)
+    return f"It is {outcome.word} than {other} ({theirs}) by {change}: {noise}."
 
 
 def _cell(measured: Values | None) -> str:

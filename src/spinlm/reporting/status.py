@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from spinlm.config import Recipe
-from spinlm.rundir import STOPPED, RunDir, read_json, read_jsonl
+from spinlm.rundir import STOPPED, RunDir
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,22 @@ class StageStatus:
         done: How much of it is committed.
         total: How much there is; 0 while that isn't known yet.
         seconds: Spent on it so far.
+        tokens: Generated, scored or trained on so far; 0 where they aren't counted.
     """
 
     name: str
     done: int
     total: int
     seconds: float
+    tokens: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.total > 0 and self.done >= self.total
 
     @property
     def state(self) -> str:
-        if self.total and self.done >= self.total:
+        if self.is_done:
             return "done"
         return f"{self.done} of {self.total}" if self.total and self.done else "to do"
 
@@ -42,7 +49,7 @@ def status(run: RunDir) -> list[StageStatus]:
     """
     recipe = run.recipe()
     keys = {record["key"] for record in run.records()}
-    seconds = _seconds(run)
+    seconds, tokens = _spent(run)
     train_shards = held_out_shards = 0
     if "data" in keys:
         train_shards, held_out_shards = (_shards(run, part, recipe) for part in ("train", "held_out"))
@@ -51,15 +58,18 @@ def status(run: RunDir) -> list[StageStatus]:
 
     def add(name: str, folder: str, total: int) -> None:
         done = sum(key.startswith(f"{folder}/") for key in keys)
-        stages.append(StageStatus(name, done, total, seconds[folder]))
+        stages.append(StageStatus(name, done, total, seconds[folder], tokens[folder]))
 
     def add_training(name: str, folder: str) -> None:
-        stages.append(StageStatus(name, int(f"{folder}/{weights}" in keys), 1, seconds[folder]))
+        done, log = int(f"{folder}/{weights}" in keys), f"{folder}/training.jsonl"
+        trained_on = sum(row.get("tokens", 0) for row in run.committed_rows(log)) if log in keys else 0
+        stages.append(StageStatus(name, done, 1, seconds[folder], int(trained_on)))
 
     def add_evaluation(player: str) -> None:
         folder = f"evaluation/{player}"
         spent = sum(value for what, value in seconds.items() if what.startswith(f"{folder}/"))
-        stages.append(StageStatus(f"evaluate {player}", int(f"{folder}/measures.json" in keys), 1, spent))
+        read = sum(value for what, value in tokens.items() if what.startswith(f"{folder}/"))
+        stages.append(StageStatus(f"evaluate {player}", int(f"{folder}/measures.json" in keys), 1, spent, read))
 
     if recipe.sft is not None:
         add_training("sft", "sft")
@@ -85,21 +95,24 @@ def iterations_to_play(run: RunDir, recipe: Recipe) -> int:
         return recipe.iterations
     kind = "adapter" if recipe.adapter is not None else "model"
     trained = [t for t in range(recipe.iterations) if run.has_record(f"iterations/{t}/{kind}")]
-    return max(int(read_json(run.path / STOPPED)["iterations"]), len(trained))
+    return max(int(run.committed_json(STOPPED)["iterations"]), len(trained))
 
 
 def _shards(run: RunDir, part: str, recipe: Recipe) -> int:
-    examples = len(read_jsonl(run.path / "data" / f"{part}.jsonl"))
+    examples = run.committed("data", f"{part}.jsonl").count(b"\n")
     if part == "train" and recipe.generation.max_prompts is not None:
         examples = min(examples, recipe.generation.max_prompts)
     return -(-examples // recipe.generation.shard_size)
 
 
-def _seconds(run: RunDir) -> dict[str, float]:
+def _spent(run: RunDir) -> tuple[Mapping[str, float], Mapping[str, int]]:
+    """Seconds and tokens by what they were spent on."""
     seconds: dict[str, float] = defaultdict(float)
+    tokens: dict[str, int] = defaultdict(int)
     path = run.path / "timings.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):  # a line that was cut short by a crash
+        with suppress(ValueError, KeyError, TypeError):  # a line that was cut short by a crash
             row = json.loads(line)
             seconds[row["what"]] += row["seconds"]
-    return seconds
+            tokens[row["what"]] += row.get("tokens", 0)
+    return seconds, tokens

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Literal
 
 from spinlm.config import Recipe
 from spinlm.evaluation.measures import HIGHER_IS_BETTER, HeldOutExample, chosen_measure, difference, select_best
-from spinlm.rundir import RunDir, read_json, read_jsonl
+from spinlm.rundir import RunDir
 
 Values = Mapping[str, float]
 """A measure's value, low, high and prompts."""
+
+
+Word = Literal["better", "worse", "equal"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the difference between two players says.
+
+    Attributes:
+        word: Which way it goes.
+        beyond_noise: Whether all of its interval goes there.
+    """
+
+    word: Word
+    beyond_noise: bool
+
+    @classmethod
+    def of(cls, change: Values, higher_is_better: bool) -> Outcome:
+        """The difference's own interval decides: the players answer the same prompts."""
+        if change["value"] == 0:
+            return cls("equal", beyond_noise=False)
+        beyond_noise = change["low"] > 0 or change["high"] < 0
+        return cls("better" if (change["value"] > 0) is higher_is_better else "worse", beyond_noise)
 
 
 @dataclass(frozen=True)
@@ -24,6 +48,7 @@ class Summary:
         select_by: The measure that names the best iteration.
         best: The best iteration's player; None where no iteration is measured.
         differences: The best minus each other player, by `select_by`, prompt by prompt.
+        held_out: How many examples are held out; None while the data aren't prepared.
     """
 
     title: str
@@ -31,29 +56,37 @@ class Summary:
     select_by: str
     best: str | None
     differences: Mapping[str, Values]
+    held_out: int | None = None
 
     @property
     def higher_is_better(self) -> bool:
         return HIGHER_IS_BETTER[self.select_by]
+
+    @property
+    def start(self) -> str | None:
+        """The player that self-play started from; None before it is measured."""
+        return next((name for name in ("sft", "base") if name in self.measures), None)
+
+    def outcome(self, other: str) -> Outcome:
+        """What the best is beside another player."""
+        return Outcome.of(self.differences[other], self.higher_is_better)
 
 
 def summarise(run: RunDir) -> Summary:
     """The summary of a run.
 
     Raises:
-        UserError: There is no run.
+        UserError: There is no run, or something in it isn't what was committed.
     """
     recipe = run.recipe()
-    measures = {
-        name: read_json(run.path / f"evaluation/{name}/measures.json")
-        for name in player_names(recipe)
-        if run.has_record(f"evaluation/{name}/measures.json")
-    }
-    measures = {name: of_player for name, of_player in measures.items() if of_player}
+    held_out = len(run.committed_rows("data", "held_out.jsonl")) if run.has_record("data") else None
+    names = measured_players(run, recipe) if held_out else []
+    measures = {name: run.committed_json(f"evaluation/{name}/measures.json") for name in names}
     select_by = chosen_measure(recipe.evaluation.select_by, next(iter(measures.values()), {}))
     iterations = {name: of_player for name, of_player in measures.items() if is_iteration(name)}
     best = select_best(iterations, select_by) if iterations else None
-    return Summary(run.path.name, measures, select_by, best, _differences(run, measures, best, select_by))
+    differences = _differences(run, measures, best, select_by)
+    return Summary(run.path.resolve().name, measures, select_by, best, differences, held_out)
 
 
 def player_names(recipe: Recipe) -> list[str]:
@@ -61,6 +94,11 @@ def player_names(recipe: Recipe) -> list[str]:
     names = ["base", *(["sft"] if recipe.sft is not None else [])]
     names += [f"iteration-{t}" for t in range(recipe.iterations)]
     return [*names, *(["control"] if recipe.evaluation.control else [])]
+
+
+def measured_players(run: RunDir, recipe: Recipe) -> list[str]:
+    """Those of them whose measures are committed."""
+    return [name for name in player_names(recipe) if run.has_record(f"evaluation/{name}/measures.json")]
 
 
 def is_iteration(name: str) -> bool:
@@ -75,10 +113,10 @@ def iteration_of(name: str) -> int:
 
 def held_out_examples(run: RunDir, player: str) -> list[HeldOutExample]:
     """What a player makes of each held-out example."""
-    return [HeldOutExample.of(row) for row in read_jsonl(run.path / f"evaluation/{player}/examples.jsonl")]
+    return [HeldOutExample.of(row) for row in run.committed_rows(f"evaluation/{player}/examples.jsonl")]
 
 
-def _differences(run: RunDir, names: Sequence[str] | Mapping[str, Any], best: str | None, by: str) -> dict[str, Values]:
+def _differences(run: RunDir, names: Iterable[str], best: str | None, by: str) -> dict[str, Values]:
     if best is None:
         return {}
     mine = held_out_examples(run, best)

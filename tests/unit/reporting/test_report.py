@@ -90,11 +90,16 @@ class TestMarkdown:
         assert fence not in text
 
     def test_nothing_held_out(self) -> None:
-        page = report(measures={}, best=None).markdown()
+        page = report(measures={}, best=None, held_out=0).markdown()
         assert "Nothing was held out, so nothing was measured: the latest iteration is also called the best." in page
 
 
 class TestVerdict:
+    @pytest.mark.parametrize("held_out", [None, 3])
+    def test_nothing_is_measured_yet(self, held_out: int | None) -> None:
+        text = verdict(summary(measures={"base": MEASURES["base"]}, best=None, held_out=held_out))
+        assert text == "No iteration is measured yet."
+
     @pytest.mark.parametrize(
         ("change", "select_by", "words"),
         [
@@ -130,7 +135,7 @@ class TestVerdict:
 def test_the_table_has_a_column_for_each_player() -> None:
     lines = [line.split() for line in shown(report().table()).splitlines()[1:] if line.strip(" ─")]
     assert lines == [
-        ["base", "iteration-0", "iteration-1"],
+        ["base", "iteration", "0", "iteration", "1"],
         ["accuracy,", "sampled", "0.1", "0.5", "0.4"],
         ["0.06–0.20", "0.30–0.70", "0.25–0.55"],
         ["real", "NLL", "a", "token", "2.5", "1.25", "12.3"],
@@ -138,6 +143,17 @@ def test_the_table_has_a_column_for_each_player() -> None:
         ["reward", "accuracy", "–", "0.75", "–"],
         ["0.50–1"],
     ]
+
+
+def test_more_players_than_fit_a_terminal_go_below() -> None:
+    players = ["base", "sft", *(f"iteration-{t}" for t in range(4)), "control"]
+    console = Console(file=io.StringIO(), width=80, force_terminal=False)
+    console.print(report(measures=dict.fromkeys(players, MEASURES["iteration-0"])).table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    first, second = text.split("control")
+    assert (first.count("iteration"), second.count("iteration")) == (4, 0)
+    assert (first.count("0.30–0.70"), second.count("0.30–0.70")) == (6, 1)
+    assert "…" not in text
 
 
 def test_the_tables_title_is_shown_as_it_is() -> None:

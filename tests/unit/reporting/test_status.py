@@ -33,8 +33,14 @@ def commit_data(run: RunDir, train: int, held_out: int) -> None:
         write_jsonl(place / "held_out.jsonl", [{"id": i} for i in range(held_out)])
 
 
-def took(run: RunDir, *times: tuple[str, float]) -> None:
-    write_jsonl(run.path / "timings.jsonl", [{"what": what, "seconds": seconds} for what, seconds in times])
+def commit_training(run: RunDir, folder: str, *rows: dict[str, float]) -> None:
+    with run.artifact(f"{folder}/training.jsonl", "train", {}).staging() as place:
+        write_jsonl(place, list(rows))
+
+
+def took(run: RunDir, *times: tuple[str, float] | tuple[str, float, int]) -> None:
+    rows = [dict(zip(("what", "seconds", "tokens"), time, strict=False)) for time in times]
+    write_jsonl(run.path / "timings.jsonl", rows)
 
 
 def shown(run: RunDir) -> list[tuple[str, str]]:
@@ -62,38 +68,38 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_a_run_on_its_way(tmp_path: Path) -> None:
     run = started(tmp_path, sft={}, evaluation={"control": True})
     commit_data(run, train=5, held_out=1)
-    commit(
-        run, "sft/training.jsonl", "sft/adapter", "evaluation/base/measures.json", "evaluation/sft/sampled/00000.jsonl"
-    )
+    commit(run, "sft/adapter", "evaluation/base/measures.json", "evaluation/sft/sampled/00000.jsonl")
+    commit_training(run, "sft", {"step": 1}, {"step": 2})
     for name in ("00000", "00001", "00002"):
         commit(run, f"iterations/0/synthetic/{name}.jsonl")
-    commit(run, "iterations/0/opponent_logprobs/00000.jsonl", "iterations/0/training.jsonl")
+    commit(run, "iterations/0/opponent_logprobs/00000.jsonl")
+    commit_training(run, "iterations/0", {"step": 0}, {"step": 1, "tokens": 30.0}, {"step": 2, "tokens": 12.0})
     took(
         run,
         ("data", 1.5),
         ("sft", 10.0),
-        ("iterations/0/synthetic", 2.0),
-        ("iterations/0/synthetic", 3.0),
+        ("iterations/0/synthetic", 2.0, 100),
+        ("iterations/0/synthetic", 3.0, 150),
         ("iterations/0", 7.0),
-        ("evaluation/base/sampled", 0.5),
-        ("evaluation/base/logprobs", 0.25),
+        ("evaluation/base/sampled", 0.5, 20),
+        ("evaluation/base/logprobs", 0.25, 40),
     )
-    stages = [(stage.name, stage.state, stage.seconds) for stage in status(run)]
+    stages = [(stage.name, stage.state, stage.seconds, stage.tokens) for stage in status(run)]
     assert stages == [
-        ("data", "done", 1.5),
-        ("sft", "done", 10.0),
-        ("evaluate base", "done", 0.75),
-        ("evaluate sft", "to do", 0.0),
-        ("iteration 0: generate", "done", 5.0),
-        ("iteration 0: score", "1 of 3", 0.0),
-        ("iteration 0: train", "to do", 7.0),
-        ("evaluate iteration-0", "to do", 0.0),
-        ("iteration 1: generate", "to do", 0.0),
-        ("iteration 1: score", "to do", 0.0),
-        ("iteration 1: train", "to do", 0.0),
-        ("evaluate iteration-1", "to do", 0.0),
-        ("control", "to do", 0.0),
-        ("evaluate control", "to do", 0.0),
+        ("data", "done", 1.5, 0),
+        ("sft", "done", 10.0, 0),
+        ("evaluate base", "done", 0.75, 60),
+        ("evaluate sft", "to do", 0.0, 0),
+        ("iteration 0: generate", "done", 5.0, 250),
+        ("iteration 0: score", "1 of 3", 0.0, 0),
+        ("iteration 0: train", "to do", 7.0, 42),
+        ("evaluate iteration-0", "to do", 0.0, 0),
+        ("iteration 1: generate", "to do", 0.0, 0),
+        ("iteration 1: score", "to do", 0.0, 0),
+        ("iteration 1: train", "to do", 0.0, 0),
+        ("evaluate iteration-1", "to do", 0.0, 0),
+        ("control", "to do", 0.0, 0),
+        ("evaluate control", "to do", 0.0, 0),
     ]
 
 

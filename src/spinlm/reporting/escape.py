@@ -1,0 +1,46 @@
+"""Text of models and datasets is untrusted: here it becomes something that a page can hold and that does nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from typing import Any
+
+from markupsafe import Markup, escape
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but for tab and newline
+    "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible and direction-changing
+    "\ud800-\udfff"  # lone surrogates, which UTF-8 can't hold
+    "\U000e0000-\U000e007f]"  # tags
+)
+
+
+def json_for_script(value: Any) -> str:
+    """JSON that can stand inside a script element: nothing in it ends the element or begins another."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def plain(text: str) -> str:
+    """Text in which every character that can't be seen is named, for titles and attributes."""
+    return _UNSEEN.sub(lambda found: f"[{_code(found[0])}]", text)
+
+
+def visible(text: object) -> Markup:
+    """Text as HTML in which every character that can't be seen is shown by its code; Markup is left as it is."""
+    if isinstance(text, Markup):
+        return text
+    shown, end = Markup(""), 0
+    content = str(text)
+    for found in _UNSEEN.finditer(content):
+        shown += escape(content[end : found.start()]) + Markup('<span class="unseen" title="{}">{}</span>').format(
+            unicodedata.name(found[0], "control character").lower(), _code(found[0])
+        )
+        end = found.end()
+    return shown + escape(content[end:])
+
+
+def _code(character: str) -> str:
+    return f"U+{ord(character):04X}"

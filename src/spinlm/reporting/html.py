@@ -1,0 +1,311 @@
+"""report.html: one self-contained page about a run, or about several. It loads nothing and opens from a file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from spinlm.config import Recipe
+from spinlm.errors import first_line
+from spinlm.reporting.browser import browser
+from spinlm.reporting.charts import Chart, curves, differences_chart, distributions, supervised_curves, training_curves
+from spinlm.reporting.diagnostics import diagnostics, stopped
+from spinlm.reporting.escape import json_for_script, plain, visible
+from spinlm.reporting.metrics import write_metrics
+from spinlm.reporting.status import status
+from spinlm.reporting.summary import Summary, held_out_examples, is_iteration, summarise
+from spinlm.reporting.tables import (
+    Table,
+    differences_table,
+    measures_table,
+    numbers_table,
+    quantiles_table,
+    stages_table,
+)
+from spinlm.reporting.training_log import log_so_far, trained_players
+from spinlm.reporting.verdict import State, verdict_of
+from spinlm.rundir import RunDir, digest
+
+FILE = "report.html"
+REFRESH_SECONDS = 15
+"""A page of a run that is going on reloads itself so often."""
+ROWS_SHOWN = 30
+"""Of each training, in the table beside its curves."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Charts that belong together, and the tables that say the same."""
+
+    charts: Sequence[Chart]
+    tables: Sequence[Table]
+    note: str = ""
+
+
+def write(run: RunDir, running: bool = False) -> Path:
+    """Write report.html and metrics.jsonl anew, from what is committed.
+
+    Args:
+        run: The run.
+        running: Whether it is going on.
+
+    Raises:
+        UserError: There is no run, or something in it isn't what was committed.
+    """
+    write_metrics(run)
+    return run.put(FILE, page(run, running))
+
+
+def page(run: RunDir, running: bool = False) -> str:
+    """The page of a run; see `write`."""
+    recipe, summary, stages = run.recipe(), summarise(run), status(run)
+    found, left = diagnostics(run, recipe), [stage.name for stage in stages if not stage.is_done]
+    state: State = "running" if running else "unfinished" if left else "finished"
+    return render(
+        "report.html.jinja",
+        title=summary.title,
+        state=state,
+        done=len(stages) - len(left),
+        total=len(stages),
+        written=None if state == "finished" else datetime.now(UTC),
+        summary=summary,
+        verdict=verdict_of(summary, run.path, state, left),
+        stopped=stopped(run),
+        differences=Figure([differences_chart(summary)], [differences_table(summary)]) if summary.differences else None,
+        measures=measures_table(summary) if summary.measures else None,
+        curves=Figure(curves(summary), []),
+        sections=[],
+        training=_training(run, recipe),
+        distributions=_distributions(run, summary),
+        diagnostics=found,
+        diagnostics_table=numbers_table("Diagnostics", {name: each.values for name, each in found.items()}),
+        browser=browser(run, summary),
+        stages=stages_table(stages),
+        facts=_facts(run, recipe),
+        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        artifacts=_artifacts(run),
+    )
+
+
+class LivePage:
+    """The page of a run that is going on, written anew as often as it is worth: 2 % of the time at most.
+
+    A page that can't be written never stops a run: that is said, and the run goes on.
+    """
+
+    SECONDS_BETWEEN = 5.0
+    TIMES_ITS_COST = 50.0
+
+    def __init__(self, run: RunDir, say: Callable[[str], None], writes: bool = True) -> None:
+        """
+        Args:
+            run: The run.
+            say: Where it is said that the page can't be written.
+            writes: Whether it is this process, of several, that writes it.
+        """
+        self._run = run
+        self._say = say
+        self._writes = writes
+        self._due = 0.0
+        self._says_running = False
+
+    def update(self, now: bool = False) -> None:
+        """Something has been committed.
+
+        Args:
+            now: Don't wait until it is worth it.
+        """
+        if now or time.monotonic() >= self._due:
+            self._write(running=True)
+
+    def conclude(self) -> None:
+        """All is done."""
+        self._write(running=False)
+
+    def end(self) -> None:
+        """The run ends here, done or interrupted: a page that says that it is going on says so no longer."""
+        if self._says_running:
+            self._write(running=False)
+
+    def _write(self, running: bool) -> None:
+        if not self._writes:
+            return
+        started = time.monotonic()
+        try:
+            write(self._run, running)
+            self._says_running = running
+        except Exception as error:
+            self._say(f"{self._run.path / FILE}: not written: {type(error).__name__}: {first_line(error)}")
+        ended = time.monotonic()
+        self._due = ended + max(self.SECONDS_BETWEEN, self.TIMES_ITS_COST * (ended - started))
+
+
+# --- what is on it ---
+
+
+def _training(run: RunDir, recipe: Recipe) -> list[Figure]:
+    logs = {player: log for player in trained_players(recipe) if (log := log_so_far(run, player))}
+    played = {player: log for player, log in logs.items() if is_iteration(player)}
+    supervised = {player: log for player, log in logs.items() if not is_iteration(player)}
+    figures = [
+        Figure(training_curves(played), [_log_table(player, log) for player, log in played.items()]),
+        Figure(supervised_curves(supervised), [_log_table(player, log) for player, log in supervised.items()]),
+    ]
+    return [figure for figure in figures if figure.charts]
+
+
+def _log_table(player: str, log: Sequence[Mapping[str, Any]]) -> Table:
+    """Some rows of a log, its last one among them."""
+    names = [
+        name
+        for name in (
+            "loss",
+            "margin",
+            "reward_accuracy",
+            "logprob_per_token_real",
+            "logprob_per_token_synthetic",
+            "grad_norm",
+            "learning_rate",
+        )
+        if any(name in row for row in log)
+    ]
+    logged = [row for row in log if "loss" in row]
+    every = -(-len(logged) // ROWS_SHOWN) if logged else 1
+    rows = [
+        [str(row["step"]), *(f"{row[name]:.4g}" if name in row else "–" for name in names)]
+        for row in reversed(logged[::-1][::every])
+    ]
+    return Table(f"Training of {player}", ["step", *(name.replace("_", " ") for name in names)], rows)
+
+
+def _distributions(run: RunDir, summary: Summary) -> Figure | None:
+    examples = {player: held_out_examples(run, player) for player in summary.measures}
+    if not examples:
+        return None
+    lengths = {p: [float(a.tokens) for e in of for a in e.sampled] for p, of in examples.items()}
+    real_lengths = {p: [float(e.real_tokens) for e in of] for p, of in examples.items()}
+    own = {p: [a.logprob / a.tokens for e in of for a in e.sampled if a.tokens] for p, of in examples.items()}
+    real = {p: [e.real_logprob / e.real_tokens for e in of] for p, of in examples.items()}
+    margins = {p: values for p, of in examples.items() if (values := [m for e in of for m in e.margins])}
+    charts = [
+        distributions("Response length, tokens", lengths, real_lengths),
+        distributions("Log-prob a token, nats", own, real),
+    ]
+    tables = [
+        quantiles_table("Response length, tokens", {"real": next(iter(real_lengths.values())), **lengths}),
+        quantiles_table("Log-prob a token of a player's own responses", own),
+        quantiles_table("Log-prob a token of the real responses", real),
+    ]
+    if margins:
+        charts.append(distributions("Margin of the real response over a fresh one of the opponent", margins, {}))
+        tables.append(quantiles_table("Margin", margins))
+    return Figure(charts, tables)
+
+
+def _facts(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
+    header = run.header()
+    facts = [("base model", recipe.model.name), ("dataset", recipe.data.source), ("seed", str(recipe.seed))]
+    if run.has_record("data"):
+        made_from: Mapping[str, str] = run.record("data")["inputs"].get("files") or {}
+        facts += [(f"SHA-256 of {name or 'the dataset'}", value) for name, value in made_from.items()]
+    if run.has_record("layout.json"):
+        layout = run.committed_json("layout.json")
+        facts.append(("layout", " – ".join(str(value) for value in layout.values() if value)))
+    if engine := run.recorded_input("engine"):
+        facts.append(("generation engine", str(engine)))
+    if header["forked_from"]:
+        facts.append(("forked from", str(header["forked_from"])))
+    return [*facts, *((f"version of {name}", str(number)) for name, number in header["versions"].items())]
+
+
+def _artifacts(run: RunDir) -> Table:
+    """What is committed; shards that lie together in one row, under the hash that their users record."""
+    hashes: dict[str, list[str]] = defaultdict(list)
+    stages: dict[str, str] = {}
+    for record in run.records():
+        key = re.sub(r"/\d{5}\.jsonl$", "/*.jsonl", record["key"])
+        hashes[key].append(record["hash"])
+        stages[key] = record["stage"]
+    rows = [
+        [key, stages[key], str(len(found)), digest(found) if key.endswith("*.jsonl") else found[0]]
+        for key, found in hashes.items()
+    ]
+    return Table("Artifacts", ["artifact", "stage", "files", "SHA-256"], rows)
+
+
+# --- how it is put together ---
+
+
+@lru_cache(maxsize=1)
+def plotting_library() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script; takes about a second."""
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("\r\n", "\n")
+
+
+@lru_cache(maxsize=1)
+def _own_script() -> str:
+    return _asset("report.js")
+
+
+def content_security_policy() -> str:
+    """Nothing is loaded, sent or run but the page's own two scripts, known by their hashes."""
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in (plotting_library(), _own_script()))
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def render(template: str, **context: Any) -> str:
+    """A page of the package's templates, with all that it needs in it."""
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            context,
+            policy=content_security_policy(),
+            library=Markup(plotting_library()),
+            script=Markup(_own_script()),
+            style=Markup(_asset("report.css")),
+            refresh_seconds=REFRESH_SECONDS,
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    """Whatever a template puts out is made harmless and visible, unless it is markup of our own."""
+    environment = Environment(
+        loader=PackageLoader("spinlm.reporting", "page"),
+        autoescape=True,
+        finalize=visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["plain"] = plain
+    environment.filters["json"] = lambda value: Markup(json_for_script(value))
+    return environment
+
+
+def _asset(name: str) -> str:
+    return (files("spinlm.reporting") / "page" / name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,110 @@
+"""The tables of the report page: text in cells, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import numpy as np
+
+from spinlm.reporting.report import COLUMNS, with_interval
+from spinlm.reporting.status import StageStatus
+from spinlm.reporting.summary import Summary
+
+QUANTILES = (5, 25, 50, 75, 95)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows.
+
+    Attributes:
+        caption: What it shows.
+        headings: Of its columns.
+        rows: Its cells.
+        best: The row to stand out, by its first cell.
+    """
+
+    caption: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    best: str | None = None
+
+
+def measures_table(summary: Summary) -> Table:
+    """Every player's held-out measures."""
+    shown = [name for name in COLUMNS if any(name in of_player for of_player in summary.measures.values())]
+    rows = [
+        [player, *(with_interval(of_player[name]) if name in of_player else "–" for name in shown)]
+        for player, of_player in summary.measures.items()
+    ]
+    return Table("Held-out measures, with 95 % intervals", ["player", *(COLUMNS[n] for n in shown)], rows, summary.best)
+
+
+def differences_table(summary: Summary) -> Table:
+    """The best minus each other player, by the measure that chose it."""
+    rows = [
+        [other, with_interval(change, signed=True), outcome_words(summary, other)]
+        for other, change in summary.differences.items()
+    ]
+    return Table(f"{summary.best} minus each other player", ["player", "difference", "the best is"], rows)
+
+
+def outcome_words(summary: Summary, other: str) -> str:
+    """`better, beyond noise`."""
+    outcome = summary.outcome(other)
+    if outcome.word == "equal":
+        return "equal"
+    return f"{outcome.word}, {'beyond' if outcome.beyond_noise else 'within'} noise"
+
+
+def stages_table(stages: Iterable[StageStatus]) -> Table:
+    """How far each stage is, and what it took."""
+    rows = [
+        [
+            stage.name,
+            stage.state,
+            duration(stage.seconds) if stage.seconds else "–",
+            f"{stage.tokens:,}" if stage.tokens else "–",
+            f"{stage.tokens / stage.seconds:,.0f}" if stage.tokens and stage.seconds else "–",
+        ]
+        for stage in stages
+    ]
+    return Table("Stages", ["stage", "state", "time", "tokens", "tokens a second"], rows)
+
+
+def quantiles_table(caption: str, values: Mapping[str, Sequence[float]]) -> Table:
+    """The quantiles and the mean of each of several sets of numbers."""
+    rows = [
+        [name, *(f"{number:.4g}" for number in (*np.percentile(numbers, QUANTILES), np.mean(numbers)))]
+        for name, numbers in values.items()
+        if len(numbers)
+    ]
+    return Table(caption, ["", *(f"{q} %" for q in QUANTILES), "mean"], rows)
+
+
+def numbers_table(caption: str, of_players: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each number that any player has, a column for each player."""
+    names = list(dict.fromkeys(name for numbers in of_players.values() for name in numbers))
+    rows = [
+        [
+            name,
+            *(
+                f"{numbers[name]:.4g}" if name in numbers and isfinite(numbers[name]) else "–"
+                for numbers in of_players.values()
+            ),
+        ]
+        for name in names
+    ]
+    return Table(caption, ["", *of_players], rows)
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3:07 min`, `2:05 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d} h"

@@ -1,0 +1,45 @@
+"""What the trainings of a run logged; of one that is under way, what its last checkpoint knows."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from spinlm.config import Recipe
+from spinlm.reporting.summary import is_iteration
+from spinlm.rundir import RunDir, read_json
+
+Row = dict[str, Any]
+"""What one logging step logged, `step` among it."""
+
+
+def trained_players(recipe: Recipe) -> list[str]:
+    """Everybody who is trained in a run, in the order of play."""
+    names = ["sft"] if recipe.sft is not None else []
+    names += [f"iteration-{t}" for t in range(recipe.iterations)]
+    return [*names, *(["control"] if recipe.evaluation.control else [])]
+
+
+def folder_of(player: str) -> str:
+    """Where a player's training is kept."""
+    return f"iterations/{player.removeprefix('iteration-')}" if is_iteration(player) else player
+
+
+def committed_log(run: RunDir, player: str) -> list[Row]:
+    """A player's training, where it is committed; else nothing."""
+    key = f"{folder_of(player)}/training.jsonl"
+    return run.committed_rows(key) if run.has_record(key) else []
+
+
+def log_so_far(run: RunDir, player: str) -> list[Row]:
+    """A player's training, or as much of it as the last whole checkpoint of one under way holds."""
+    return committed_log(run, player) or _checkpointed(run, folder_of(player))
+
+
+def _checkpointed(run: RunDir, folder: str) -> list[Row]:
+    """The mark beside a checkpoint is written when the checkpoint is whole; it may be removed while we read."""
+    marks = run.checkpoints(folder).glob("*/checkpoint-*.json")
+    for mark in sorted(marks, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True):
+        with suppress(OSError, ValueError, KeyError):
+            return list(read_json(mark.with_suffix("") / "trainer_state.json")["log_history"])
+    return []

@@ -1,0 +1,141 @@
+"""What stands at the head of the page: did it get better, by how much, is that beyond noise, and what to do now."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spinlm.reporting.report import heading, with_interval
+from spinlm.reporting.summary import Summary, is_iteration
+
+State = Literal["running", "unfinished", "finished"]
+Tone = Literal["good", "unsure", "bad", "open"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answers, from the first question to the last.
+
+    Attributes:
+        tone: How the page shows it.
+        headline: Did it get better?
+        reasons: By how much, over what, and whether that is beyond noise.
+        use: Which model to use.
+        next: What to do now, in words.
+        command: And as a command, where there is one.
+    """
+
+    tone: Tone
+    headline: str
+    reasons: Sequence[str]
+    use: str
+    next: str
+    command: str | None = None
+
+
+def verdict_of(summary: Summary, path: Path, state: State, left: Sequence[str]) -> Verdict:
+    """The answers that a run's numbers allow.
+
+    Args:
+        summary: The numbers.
+        path: The run, for the command.
+        state: How far it is.
+        left: The stages that are left.
+    """
+    following, command = _next(summary, path, state, left)
+    if summary.held_out == 0:
+        return Verdict(
+            "open",
+            "Not known: nothing was held out, so nothing was measured.",
+            ["Set data.held_out to a number of examples, or to a share, to find out."],
+            "The latest iteration, for want of a measure.",
+            following,
+            command,
+        )
+    if summary.best is None or summary.start is None:
+        return Verdict("open", "Not known yet: no iteration is measured.", [], "Nothing yet.", following, command)
+    tone, headline = _headline(summary, summary.best, summary.start)
+    reasons = _reasons(summary, summary.best, summary.start)
+    return Verdict(tone, headline, reasons, _use(summary, summary.best, summary.start), following, command)
+
+
+def _headline(summary: Summary, best: str, start: str) -> tuple[Tone, str]:
+    outcome = summary.outcome(start)
+    if outcome.word == "better" and outcome.beyond_noise:
+        if _control_is_better(summary):
+            return "unsure", f"Better than {start}, but continued SFT does better still."
+        return "good", f"Yes: {best} is better than {start}, beyond noise."
+    if outcome.word == "better":
+        return "unsure", f"Perhaps: {best} is better than {start}, but within noise."
+    if outcome.word == "equal":
+        return "unsure", f"No difference: {best} measures the same as {start}."
+    if outcome.beyond_noise:
+        return "bad", f"No: even {best}, the best iteration, is worse than {start}, beyond noise."
+    return "unsure", f"No gain to be seen: {best} is worse than {start}, within noise."
+
+
+def _reasons(summary: Summary, best: str, start: str) -> list[str]:
+    better = "higher" if summary.higher_is_better else "lower"
+    mine, theirs = summary.measures[best][summary.select_by], summary.measures[start][summary.select_by]
+    change = summary.differences[start]
+    reasons = [
+        f"{heading(summary.select_by)} ({better} is better): {with_interval(mine)}, against {with_interval(theirs)} of "
+        f"{start}, where self-play started. The difference, prompt by prompt over {change['prompts']:.0f} held-out "
+        f"prompts, is {with_interval(change, signed=True)}: {_noise(summary.outcome(start).beyond_noise)}."
+    ]
+    if "control" in summary.differences:
+        outcome = summary.outcome("control")
+        word = "equal to" if outcome.word == "equal" else f"{outcome.word} than"
+        reasons.append(
+            f"Did it need self-play? {best} is {word} the control, SFT continued for as many steps, by "
+            f"{with_interval(summary.differences['control'], signed=True)}: {_noise(outcome.beyond_noise)}."
+        )
+    played = sum(is_iteration(name) for name in summary.measures)
+    if played > 1:
+        reasons.append(
+            f"{best} is the best of {played} iterations on the prompts that chose it, which flatters it a little."
+        )
+    return reasons
+
+
+def _noise(beyond: bool) -> str:
+    return "beyond noise, since its whole interval is on one side of 0" if beyond else "within noise"
+
+
+def _use(summary: Summary, best: str, start: str) -> str:
+    outcome = summary.outcome(start)
+    if outcome.word == "worse" and outcome.beyond_noise:
+        return f"{start}. No iteration is as good."
+    if _control_is_better(summary):
+        return f"the control, which is better than {best}; of the iterations, {best}."
+    if outcome.word == "better" and outcome.beyond_noise:
+        return f"{best}."
+    return f"{best} measures best of the iterations; nothing measured speaks against staying with {start}."
+
+
+def _control_is_better(summary: Summary) -> bool:
+    """Beyond noise."""
+    if "control" not in summary.differences:
+        return False
+    outcome = summary.outcome("control")
+    return outcome.word == "worse" and outcome.beyond_noise
+
+
+def _next(summary: Summary, path: Path, state: State, left: Sequence[str]) -> tuple[str, str | None]:
+    if state == "running":
+        return f"Wait: the run is going on; next to be finished is {left[0] if left else 'this page'}.", None
+    if state == "unfinished":
+        return f"The run isn't finished: the command that started it goes on, at {left[0]}.", None
+    export = f"spinlm export {shlex.quote(str(path))} OUT --merge"
+    if summary.best is not None and summary.start is not None:
+        outcome = summary.outcome(summary.start)
+        if outcome.word == "worse" and outcome.beyond_noise:
+            return (
+                "Read the warnings, then try a lower training.learning_rate or another beta, from what still holds "
+                "(spinlm run RECIPE --fork NEW_RUN). The best iteration can be had all the same:",
+                export,
+            )
+    return "Write the best iteration as a model of its own:", export
