@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
 from spinlm.config import Recipe, SFTSection, TrainingSection
 from spinlm.data.examples import Dropped
@@ -348,10 +349,11 @@ class Workshop:
                 missing += self._missing_candidates(folder, candidates, inputs, checkpoints, is_trained=not missing)
         if missing:
             self.close()
-            with self.timed(folder), self._tracked(folder):
+            with self.timed(folder), self._tracked(folder) as trackers:
                 method = self.settle_method(start)
                 model = self.players.main_player(start, seed=self._seed(folder))
                 trainer = make_trainer(model, checkpoints, method)
+                self._start_wandb(trainer, trackers)
                 if candidates is not None:
                     trainer.add_callback(EachCheckpoint(partial(self._commit_candidate, trainer, candidates, inputs)))
                 rows = train_resumably(trainer, lambda *logged: self._show_training(title, *logged))
@@ -481,15 +483,41 @@ class Workshop:
         self.progress.say(f"{changed}, so it is made anew")
 
     @contextmanager
-    def _tracked(self, folder: str) -> Iterator[None]:
-        """Trackers that write files do so in the run directory, where they stay when checkpoints go."""
+    def _tracked(self, folder: str) -> Iterator[Path]:
+        """Where trackers write their files: in the run directory, where they stay when checkpoints go."""
+        place = self.run.path / "trackers" / folder
         before = os.environ.get("TENSORBOARD_LOGGING_DIR")
-        os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(self.run.path / "trackers" / folder)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(place)
         try:
-            yield
+            yield place
         finally:
             if before is None:
                 del os.environ["TENSORBOARD_LOGGING_DIR"]
+            wandb = sys.modules.get("wandb")
+            if wandb is not None and wandb.run is not None:
+                wandb.finish()
+
+    def _start_wandb(self, trainer: Any, place: Path) -> None:
+        """To Weights & Biases each training is a run of its own, the same one again after an interruption.
+
+        What its environment variables say goes before.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if not self.processes.is_main_process or not any(isinstance(c, WandbCallback) for c in callbacks):
+            return
+        import wandb
+
+        place.mkdir(parents=True, exist_ok=True)
+        interrupted = [path.name.rpartition("-")[2] for path in sorted(place.glob("wandb/*run-*-*"))]
+        name = f"{self.run.path.name}/{place.relative_to(self.run.path / 'trackers')}"
+        wandb.init(
+            dir=os.environ.get("WANDB_DIR", str(place)),
+            project=os.environ.get("WANDB_PROJECT", "spinlm"),
+            group=os.environ.get("WANDB_RUN_GROUP", self.run.path.name),
+            name=os.environ.get("WANDB_NAME", name),
+            id=os.environ.get("WANDB_RUN_ID", interrupted[0] if interrupted else None),
+            resume="allow",
+        )
 
     @contextmanager
     def timed(self, what: str) -> Iterator[dict[str, Any]]:
