@@ -130,6 +130,10 @@ class MadeRun:
         self.commit(f"iterations/{iteration}/diagnostics.json", "diagnose", content)
         return self
 
+    def stopped(self, iterations: int, reason: str) -> MadeRun:
+        self.commit("stopped.json", "evaluate", {"iterations": iterations, "reason": reason})
+        return self
+
     def took(self, what: str, seconds: float, tokens: int | None = None) -> MadeRun:
         row = {"what": what, "seconds": seconds} | ({} if tokens is None else {"tokens": tokens})
         with (self.path / "timings.jsonl").open("a", encoding="utf-8") as file:

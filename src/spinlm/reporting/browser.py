@@ -60,7 +60,7 @@ def browser(run: RunDir, summary: Summary) -> Browser | None:
         "players": list(judged),
         "start": summary.start,
         "best": summary.best,
-        "greedy": any("greedy" in row["players"][player] for row in rows for player in judged),
+        "greedy": all("greedy" in of_player for row in rows for of_player in row["players"].values()),
         "verified": verified,
     }
     places = _most_telling(judged, summary, len(rows))

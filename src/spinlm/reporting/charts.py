@@ -208,8 +208,9 @@ def _overlaid_layers(runs: tuple[str, ...], places: tuple[str, ...]) -> Drawing:
             lines.encode(x=x, y=y, color=color, strokeDash=dash, detail=detail),
             points.encode(x=x, y=y, tooltip=tooltip),
         )
-    across = alt.X("x:N", scale=alt.Scale(domain=list(places)), title="iteration", axis=alt.Axis(labelAngle=0))
-    beside = alt.XOffset("run:N", scale=alt.Scale(domain=names, paddingInner=0.8, paddingOuter=1.6))
+    band = alt.Scale(domain=list(places), paddingInner=0.7, paddingOuter=0.35)
+    across = alt.X("x:N", scale=band, title="iteration", axis=alt.Axis(labelAngle=0))
+    beside = alt.XOffset("run:N", scale=alt.Scale(domain=names))
     shape = alt.Shape("run:N", legend=None, scale=alt.Scale(domain=names, range=SHAPES))
     tooltip = [_tip("run:N"), _tip("player:N"), _tip("text:N", "value")]
     bars = _of("path").mark_rule(strokeWidth=1.5)
