@@ -305,6 +305,50 @@ class TestPointers:
         assert (moved / "best" / "a").read_text() == "A"
 
 
+class TestReading:
+    def test_what_was_committed(self, run: RunDir) -> None:
+        artifact = make_directory(run)
+        make_file(run, "rows.jsonl", '{"a": "one\\u2028line"}\n{"a": 2}\n')
+        make_file(run, "one.json", '{"a": 1}')
+        assert run.committed(artifact.key, "sub/b") == b"B"
+        assert run.committed_rows("rows.jsonl") == [{"a": "one\u2028line"}, {"a": 2}]
+        assert run.committed_json("one.json") == {"a": 1}
+
+    @pytest.mark.parametrize("content", [b"", b'{"a": 1', b'{"a": 2}', b"\xff"])
+    def test_what_is_something_else_by_now_is_not_read(self, run: RunDir, content: bytes) -> None:
+        make_file(run, "one.json", '{"a": 1}').path.write_bytes(content)
+        with pytest.raises(CorruptArtifact, match=r"one.json: not what was committed .*'generate' makes it anew"):
+            run.committed_json("one.json")
+
+    def test_what_is_gone(self, run: RunDir) -> None:
+        make_file(run, "one.json", "{}").path.unlink()
+        with pytest.raises(CorruptArtifact, match=r"one\.json: missing"):
+            run.committed_json("one.json")
+        with pytest.raises(CorruptArtifact, match="adapter/a: missing"):
+            make_directory(run).path.joinpath("a").unlink()
+            run.committed("iterations/0/adapter", "a")
+
+    def test_a_file_that_was_never_part_of_it(self, run: RunDir) -> None:
+        artifact = make_directory(run)
+        (artifact.path / "more").write_text("")
+        with pytest.raises(CorruptArtifact, match="adapter/more: not what was committed"):
+            run.committed(artifact.key, "more")
+
+
+class TestFilesWithoutARecord:
+    def test_put(self, run: RunDir) -> None:
+        for text in ("one", "two"):
+            assert run.put("report.html", text).read_text() == text
+        assert everything(run) == {"run.json", "report.html"}
+
+    def test_one_that_can_not_be_written_leaves_the_one_before(self, run: RunDir) -> None:
+        run.put("report.html", "one")
+        with pytest.raises(UnicodeEncodeError):
+            run.put("report.html", "\ud800")
+        assert (run.path / "report.html").read_text() == "one"
+        assert everything(run) == {"run.json", "report.html"}
+
+
 class TestLock:
     def test_another_process_is_kept_out_and_let_in_later(self, run: RunDir) -> None:
         code = (
@@ -315,6 +359,31 @@ class TestLock:
             other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             assert "another process is running this (pid " in other.stderr
         assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+    def test_another_process_can_ask_whether_it_is_held_and_take_nothing(self, run: RunDir) -> None:
+        code = (
+            "import sys; from pathlib import Path; from spinlm.rundir import RunDir\n"
+            f"print(RunDir(Path({str(run.path)!r})).is_running())"
+        )
+
+        def asked() -> str:
+            return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+
+        assert asked() == "False"
+        with run.locked():
+            assert asked() == "True"
+            assert asked() == "True"
+        assert asked() == "False"
+        (run.path / "lock").write_text("pid 1 on a machine that went down")
+        assert asked() == "False"
+
+    def test_what_a_killed_process_has_half_written_is_swept_away(self, run: RunDir) -> None:
+        (run.path / ".staging").mkdir()
+        for name in (".report.html.1234.part", ".staging/half"):
+            (run.path / name).write_text("half")
+        (run.path / "report.html").write_text("whole")
+        with run.locked():
+            assert everything(run) == {"run.json", "lock", "report.html"}
 
     def test_a_directory_that_cannot_be_written(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

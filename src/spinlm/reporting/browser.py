@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from spinlm.evaluation.measures import HeldOutExample
 from spinlm.reporting.escape import json_for_script
-from spinlm.reporting.summary import Summary, held_out_examples
+from spinlm.reporting.summary import Summary
 from spinlm.rundir import RunDir
 
 EXAMPLES_SHOWN = 1000
@@ -18,8 +18,6 @@ TEXT_SHOWN = 20_000
 """Characters of a single text."""
 PLAIN_BYTES = 1_000_000
 """More than this is packed."""
-PACKED_BYTES = 3_500_000
-"""Room for packed examples: with the plotting library and the charts, the page stays under 5 MB."""
 
 Cell = list[Any]
 """A response: text, tokens, whether it was cut at the cap, whether it is right (None without a verifier)."""
@@ -42,10 +40,16 @@ class Browser:
     total: int
 
 
-def browser(run: RunDir, summary: Summary) -> Browser | None:
+def browser(run: RunDir, summary: Summary, judged: Mapping[str, Sequence[HeldOutExample]], room: int) -> Browser | None:
     """The examples of a run, as far as players are measured; None while the data aren't prepared, or none is held out.
 
     Where there are too many, those are shown whose outcome differs most between the start and the best.
+
+    Args:
+        run: The run.
+        summary: Its summary.
+        judged: What each player makes of each held-out example.
+        room: Bytes that they may take on the page.
 
     Raises:
         UserError: Something in the run isn't what was committed.
@@ -53,7 +57,6 @@ def browser(run: RunDir, summary: Summary) -> Browser | None:
     if not summary.held_out:
         return None
     examples = run.committed_rows("data", "held_out.jsonl")
-    judged = {player: held_out_examples(run, player) for player in summary.measures}
     rows = _rows(examples, judged, {player: _texts(run, player) for player in judged})
     verified = any(answer.correct is not None for of in judged.values() for e in of for answer in e.sampled)
     about = {
@@ -64,7 +67,7 @@ def browser(run: RunDir, summary: Summary) -> Browser | None:
         "verified": verified,
     }
     places = _most_telling(judged, summary, len(rows))
-    return _packed(about, rows, places)
+    return _packed(about, rows, places, room)
 
 
 def outcome(example: HeldOutExample) -> float:
@@ -83,7 +86,7 @@ def _most_telling(judged: Mapping[str, Sequence[HeldOutExample]], summary: Summa
     return sorted(range(count), key=lambda place: -changes[place])
 
 
-def _packed(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], places: Sequence[int]) -> Browser:
+def _packed(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], places: Sequence[int], room: int) -> Browser:
     """As many examples as there is room for."""
     count = min(len(rows), EXAMPLES_SHOWN)
     while True:
@@ -91,9 +94,9 @@ def _packed(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], places:
         if len(content) <= PLAIN_BYTES:
             return Browser("json", content, count, len(rows))
         packed = base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
-        if len(packed) <= PACKED_BYTES or count == 1:
+        if len(packed) <= room or count == 1:
             return Browser("gzip", packed, count, len(rows))
-        count = max(1, int(count * 0.95 * PACKED_BYTES / len(packed)))
+        count = max(1, int(count * 0.98 * room / len(packed)))
 
 
 def _rows(

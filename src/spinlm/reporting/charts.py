@@ -22,7 +22,7 @@ from spinlm.reporting.tables import outcome_words
 from spinlm.reporting.training_log import Row
 
 HEIGHT = 170
-POINTS = 800
+POINTS = 600
 """Of a training curve, over all iterations together; more are averaged in equal runs of steps."""
 BINS = 30
 DOTTED, DASHED, DASH_DOTTED = [1, 3], [6, 3], [8, 3, 2, 3]
@@ -91,7 +91,9 @@ def _differences_layers() -> Drawing:
     points = _of("players").mark_point(filled=True, size=90, opacity=1, color="var(--series-1)")
     return alt.layer(
         zero,
-        bars.encode(x=alt.X("low:Q", title=None), x2=alt.X2("high:Q"), y=y, tooltip=tooltip),
+        bars.encode(
+            x=alt.X("low:Q", title=None, axis=alt.Axis(tickCount=6)), x2=alt.X2("high:Q"), y=y, tooltip=tooltip
+        ),
         points.encode(x=alt.X("value:Q"), y=y, tooltip=tooltip),
     )
 
@@ -332,9 +334,9 @@ def thinned(log: Sequence[Row], name: str, limit: int) -> list[Row]:
     """
     rows = [row for row in log if math.isfinite(row.get(name, math.nan))]
     if len(rows) <= limit:
-        return [{"step": row["step"], name: row[name]} for row in rows]
+        return [{"step": row["step"], name: _rounded(row[name])} for row in rows]
     return [
-        {"step": rows[places[-1]]["step"], name: float(np.mean([rows[place][name] for place in places]))}
+        {"step": rows[places[-1]]["step"], name: _rounded(np.mean([rows[place][name] for place in places]))}
         for places in np.array_split(np.arange(len(rows)), limit)
     ]
 
@@ -356,7 +358,7 @@ def distributions(title: str, own: Mapping[str, Sequence[float]], real: Mapping[
         for of, values in shares.items():
             tops = np.append(values, values[-1]) / highest * 0.85 - place
             data[of] += [
-                {"x": float(f"{x:.5g}"), "top": round(float(top), 4), "foot": -place, "player": player}
+                {"x": _rounded(x), "top": round(float(top), 4), "foot": -place, "player": player}
                 for x, top in zip(edges, tops, strict=True)
                 if values.any()
             ]
@@ -402,6 +404,11 @@ def _shares(values: Sequence[float], edges: np.ndarray) -> np.ndarray:
     if not len(values):
         return np.zeros(len(edges) - 1)
     return np.asarray(np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0] / len(values))
+
+
+def _rounded(value: float) -> float:
+    """To as much as can be seen."""
+    return float(f"{value:.5g}")
 
 
 def _ends(values: Values) -> Record:

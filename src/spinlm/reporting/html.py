@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from spinlm.config import Recipe
 from spinlm.errors import first_line
+from spinlm.evaluation.measures import HeldOutExample
 from spinlm.reporting.browser import browser
 from spinlm.reporting.charts import Chart, curves, differences_chart, distributions, supervised_curves, training_curves
 from spinlm.reporting.diagnostics import diagnostics, stopped
@@ -44,6 +45,10 @@ from spinlm.rundir import RunDir, digest
 FILE = "report.html"
 REFRESH_SECONDS = 15
 """A page of a run that is going on reloads itself so often."""
+PAGE_BYTES = 5_000_000
+"""A page is no larger: examples get what the rest leaves."""
+FRAME_BYTES = 10_000
+"""Of what is around them."""
 ROWS_SHOWN = 30
 """Of each training, in the table beside its curves."""
 
@@ -76,30 +81,32 @@ def page(run: RunDir, running: bool = False) -> str:
     recipe, summary, stages = run.recipe(), summarise(run), status(run)
     found, left = diagnostics(run, recipe), [stage.name for stage in stages if not stage.is_done]
     state: State = "running" if running else "unfinished" if left else "finished"
-    return render(
-        "report.html.jinja",
-        title=summary.title,
-        state=state,
-        done=len(stages) - len(left),
-        total=len(stages),
-        written=None if state == "finished" else datetime.now(UTC),
-        summary=summary,
-        verdict=verdict_of(summary, run.path, state, left),
-        stopped=stopped(run),
-        differences=Figure([differences_chart(summary)], [differences_table(summary)]) if summary.differences else None,
-        measures=measures_table(summary) if summary.measures else None,
-        curves=Figure(curves(summary), []),
-        sections=[],
-        training=_training(run, recipe),
-        distributions=_distributions(run, summary),
-        diagnostics=found,
-        diagnostics_table=numbers_table("Diagnostics", {name: each.values for name, each in found.items()}),
-        browser=browser(run, summary),
-        stages=stages_table(stages),
-        facts=_facts(run, recipe),
-        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        artifacts=_artifacts(run),
-    )
+    examples = {player: held_out_examples(run, player) for player in summary.measures}
+    context = {
+        "title": summary.title,
+        "state": state,
+        "done": len(stages) - len(left),
+        "total": len(stages),
+        "written": None if state == "finished" else datetime.now(UTC),
+        "summary": summary,
+        "verdict": verdict_of(summary, run.path, state, left),
+        "stopped": stopped(run),
+        "differences": _differences(summary),
+        "measures": measures_table(summary) if summary.measures else None,
+        "curves": Figure(curves(summary), []),
+        "training": _training(run, recipe),
+        "distributions": _distributions(examples),
+        "diagnostics": found,
+        "diagnostics_table": numbers_table("Diagnostics", {name: each.values for name, each in found.items()}),
+        "sections": [],
+        "stages": stages_table(stages),
+        "facts": _facts(run, recipe),
+        "recipe": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "artifacts": _artifacts(run),
+    }
+    template = "report.html.jinja"
+    room = PAGE_BYTES - FRAME_BYTES - len(render(template, **context, browser=None).encode())
+    return render(template, **context, browser=browser(run, summary, examples, room))
 
 
 class LivePage:
@@ -193,8 +200,11 @@ def _log_table(player: str, log: Sequence[Mapping[str, Any]]) -> Table:
     return Table(f"Training of {player}", ["step", *(name.replace("_", " ") for name in names)], rows)
 
 
-def _distributions(run: RunDir, summary: Summary) -> Figure | None:
-    examples = {player: held_out_examples(run, player) for player in summary.measures}
+def _differences(summary: Summary) -> Figure | None:
+    return Figure([differences_chart(summary)], [differences_table(summary)]) if summary.differences else None
+
+
+def _distributions(examples: Mapping[str, Sequence[HeldOutExample]]) -> Figure | None:
     if not examples:
         return None
     lengths = {p: [float(a.tokens) for e in of for a in e.sampled] for p, of in examples.items()}

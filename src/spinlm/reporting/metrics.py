@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from spinlm.evaluation.measures import PARTS
@@ -57,7 +57,7 @@ def metrics(run: RunDir) -> list[Metric]:
 
 def write_metrics(run: RunDir) -> None:
     """Write metrics.jsonl anew: the same bytes for the same artifacts."""
-    run.put(FILE, "".join(json.dumps(asdict(metric)) + "\n" for metric in metrics(run)))
+    run.put(FILE, "".join(json.dumps(vars(metric)) + "\n" for metric in metrics(run)))
 
 
 def metrics_frame(run: RunDir) -> DataFrame:
@@ -65,7 +65,7 @@ def metrics_frame(run: RunDir) -> DataFrame:
     from pandas import DataFrame
 
     names = [field.name for field in fields(Metric)]
-    frame = DataFrame([asdict(metric) for metric in metrics(run)], columns=names)
+    frame = DataFrame([vars(metric) for metric in metrics(run)], columns=names)
     return frame.astype({"step": "Int64", "value": float, "low": float, "high": float, "count": "Int64"})
 
 

@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 
 from spinlm.config import EvaluationSection
@@ -25,6 +26,7 @@ from spinlm.evaluation.measures import (
     repetition,
     select_best,
     share,
+    unpaired_difference,
     wilson,
 )
 
@@ -203,6 +205,27 @@ class TestDifference:
         self, name: str, low: float, high: float, better: bool
     ) -> None:
         assert is_better(Measured((low + high) / 2, low, high, 10), name) is better
+
+
+class TestUnpairedDifference:
+    def test_two_prompts_each_by_hand(self) -> None:
+        """Each mean is 1 or 3 in a quarter of its resamples, so their difference is 2 or -2 in a sixteenth."""
+        change = unpaired_difference([_of_nll(1.0), _of_nll(3.0)], [_of_nll(1.0), _of_nll(3.0)], "real_nll")
+        assert change == Measured(0.0, -2.0, 2.0, 2)
+
+    def test_its_interval_is_that_of_two_independent_means(self) -> None:
+        """1.96 times the root of the sum of their variances, of 900 and 400 prompts."""
+        draw = np.random.default_rng(3)
+        mine, theirs = draw.normal(2.0, 1.0, 900), draw.normal(1.5, 2.0, 400)
+        change = unpaired_difference(*([_of_nll(nll) for nll in side] for side in (mine, theirs)), "real_nll")
+        assert change.value == pytest.approx(mine.mean() - theirs.mean())
+        assert change.prompts == 400
+        expected = 2 * 1.96 * math.sqrt(mine.var() / 900 + theirs.var() / 400)
+        assert change.high - change.low == pytest.approx(expected, rel=0.08)
+
+    def test_nothing_to_compare(self) -> None:
+        assert unpaired_difference([_of_nll(1.0)], [], "real_nll").prompts == 0
+        assert math.isnan(unpaired_difference([], [_of_nll(1.0)], "real_nll").value)
 
 
 def _of_nll(nll: float) -> HeldOutExample:

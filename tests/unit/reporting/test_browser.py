@@ -13,7 +13,7 @@ import pytest
 from made_run import Made, MadeExample, MadeRun
 from spinlm.reporting import browser as module
 from spinlm.reporting.browser import Browser, browser
-from spinlm.reporting.summary import summarise
+from spinlm.reporting.summary import held_out_examples, summarise
 
 
 def data(found: Browser | None) -> dict[str, Any]:
@@ -26,8 +26,9 @@ def made(path: Path, *examples: MadeExample) -> MadeRun:
     return MadeRun(path, {"sft": {}, "iterations": 1}).data(examples)
 
 
-def shown(run: MadeRun) -> Browser | None:
-    return browser(run.run, summarise(run.run))
+def shown(run: MadeRun, room: int = 1_000_000) -> Browser | None:
+    summary = summarise(run.run)
+    return browser(run.run, summary, {name: held_out_examples(run.run, name) for name in summary.measures}, room)
 
 
 def test_every_number_of_an_example(tmp_path: Path) -> None:
@@ -39,7 +40,7 @@ def test_every_number_of_an_example(tmp_path: Path) -> None:
         "players": ["sft", "iteration-0"],
         "start": "sft",
         "best": "iteration-0",
-        "greedy": False,
+        "greedy": False,  # not of both
         "verified": True,
         "rows": [
             {
@@ -106,11 +107,10 @@ def test_much_of_it_is_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_there_is_no_room_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PLAIN_BYTES", 1_000)
-    monkeypatch.setattr(module, "PACKED_BYTES", 4_000)
     run = made(
         tmp_path, *(MadeExample(f"e{n}", "".join(chr(33 + (n * k * k) % 90) for k in range(400))) for n in range(90))
     )
-    found = shown(run)
+    found = shown(run, room=4_000)
     assert found is not None
     assert 5 < found.shown < 90
     assert len(found.data) <= 4_000
