@@ -70,7 +70,6 @@ const CHARTS = {
   defaultStyle: false,
   tooltip: { disableDefaultStyle: true },
   config: {
-    aria: false, // the place of the chart says in words what it shows
     background: "transparent",
     font: getComputedStyle(document.body).fontFamily,
     view: { stroke: "transparent" },
@@ -83,7 +82,10 @@ const CHARTS = {
 async function drawCharts() {
   for (const plot of document.querySelectorAll(".plot")) {
     try {
-      await vegaEmbed(plot, JSON.parse(plot.nextElementSibling.textContent), CHARTS);
+      const drawing = element("div", { className: "drawing" });
+      drawing.setAttribute("aria-hidden", "true"); // the plot around it says in words what it shows
+      plot.replaceChildren(drawing);
+      await vegaEmbed(drawing, JSON.parse(plot.nextElementSibling.textContent), CHARTS);
     } catch (error) {
       plot.textContent = `This chart can't be drawn: ${error.message}`;
     }
@@ -475,9 +477,10 @@ async function start() {
   setUpCopying();
   setUpReloading();
   await setUpExamples();
+  document.body.dataset.ready = "true";
   await drawCharts();
   goBackToPlace();
-  document.body.dataset.ready = "true";
+  document.body.dataset.drawn = "true";
 }
 
 start();

@@ -1,0 +1,487 @@
+"""The report in a browser: it shows, filters, sorts, walks and compares, for everybody, and runs nothing of others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser.conftest import Open
+from made_run import Made, MadeExample, MadeRun, plausible
+from spinlm.reporting import html
+from spinlm.reporting.comparison import write_comparison
+from spinlm.rundir import RunDir
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds that is serious or critical."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python isn't installed")
+    page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+    found = axe.Axe().run(page).response["violations"]
+    return [
+        f"{violation['id']}: {node['html'][:200]}"
+        for violation in found
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
+    ]
+
+
+def shown_ids(page: Any) -> list[str]:
+    return [text.strip() for text in page.locator("#list .id").all_text_contents()]
+
+
+def chosen(page: Any) -> str:
+    return str(page.locator("#list [aria-selected=true] .id").text_content()).strip()
+
+
+class TestShowing:
+    @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (820, "dark"), (1280, "light")])
+    def test_everything_is_drawn_and_nothing_is_wider_than_the_window(
+        self, visit: Open, report: Path, width: int, scheme: str
+    ) -> None:
+        page = visit(report, "drawn", viewport={"width": width, "height": 800}, color_scheme=scheme).page
+        assert page.locator(".plot").count() == page.locator(".plot svg").count() == 1 + 8 + 6 + 2 + 3
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_accessible(self, visit: Open, report: Path, scheme: str) -> None:
+        assert violations(visit(report, "drawn", color_scheme=scheme).page) == []
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_a_comparison(self, visit: Open, comparison: Path, scheme: str) -> None:
+        page = visit(comparison, "drawn", color_scheme=scheme, viewport={"width": 390, "height": 800}).page
+        assert page.locator(".plot svg").count() == 1 + 8 + 6
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert violations(page) == []
+
+    def test_a_running_run(self, visit: Open, running: MadeRun) -> None:
+        assert violations(visit(running.path / "report.html", "drawn").page) == []
+
+    def test_a_run_of_only_data(self, visit: Open, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run").data([MadeExample("a", "the question", "the answer")])
+        page = visit(html.write(made.run)).page
+        assert "the answer" in page.locator("#detail").inner_text()
+        assert page.locator(".controls").is_hidden()
+
+    def test_without_scripts_the_numbers_are_there(self, visit: Open, report: Path) -> None:
+        page = visit(report, "", java_script_enabled=False).page
+        assert "better than sft" in page.locator("#headline").inner_text()
+        assert page.locator("main > .scroll table").is_visible()
+        assert "need it" in page.locator("noscript").inner_text()
+
+    def test_a_chart_says_in_words_what_it_shows(self, visit: Open, report: Path) -> None:
+        chart = visit(report).page.get_by_role("img", name="Real NLL a token: base: ")
+        assert chart.count() == 1
+
+    def test_a_tooltip(self, visit: Open, report: Path) -> None:
+        page = visit(report, "drawn").page
+        page.locator("#curves .plot").first.locator("path[transform]").last.hover()
+        assert page.locator("#vg-tooltip-element").inner_text().startswith("player\titeration-")
+
+    def test_the_theme_can_be_turned_and_stays_so(self, visit: Open, report: Path) -> None:
+        page = visit(report, color_scheme="light").page
+        colour = "getComputedStyle(document.body).backgroundColor"
+        light = page.evaluate(colour)
+        page.get_by_role("button", name="Dark theme").click()
+        dark = page.evaluate(colour)
+        page.reload()
+        assert light != dark == page.evaluate(colour)
+        assert page.get_by_role("button", name="Light theme").is_visible()
+
+    def test_printed(self, visit: Open, report: Path) -> None:
+        page = visit(report, "drawn", color_scheme="dark").page
+        page.emulate_media(media="print")
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        for selector in ("nav", "#theme", ".controls", "#list"):
+            assert page.locator(selector).is_hidden()
+        for selector in ("#headline", "main > .scroll table", ".plot >> nth=0", ".response >> nth=0"):
+            assert page.locator(selector).is_visible()
+
+    def test_a_command_to_copy(self, visit: Open, report: Path) -> None:
+        page = visit(report, permissions=["clipboard-read", "clipboard-write"]).page
+        page.get_by_role("button", name="Copy").click()
+        assert page.evaluate("navigator.clipboard.readText()") == f"spinlm export {report.parent} OUT --merge"
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six examples with a verifier. From sft to iteration-0, b and f are gained and c is lost."""
+    made = MadeRun(tmp_path_factory.mktemp("verified") / "run", {"sft": {}, "iterations": 1})
+    made.data([MadeExample(name, f"question {name}", "one two three") for name in "abcdef"])
+    made.player("base", [Made("base", False)] * 6)
+    made.player("sft", [_judged(right) for right in (True, False, True, False, False, False)])
+    tokens, margins = (3, 9, 5, 7, 2, 4), (0.5, -1.0, 2.0, 0.1, 0.0, 1.0)
+    rights, cut = (True, True, False, False, False, True), (False, False, True, False, False, False)
+    made.player(
+        "iteration-0",
+        [
+            Made("one two three" if right else "one 2 three", right, -10.0, count, is_cut, margin, "greedy", not right)
+            for right, count, is_cut, margin in zip(rights, tokens, cut, margins, strict=True)
+        ],
+    )
+    return html.write(made.run)
+
+
+def _judged(right: bool) -> Made:
+    return Made("of sft", right, greedy="greedy", greedy_right=right)
+
+
+class TestFiltering:
+    def test_by_what_became_of_them(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        for shown, ids in (
+            ("all", "abcdef"),
+            ("gained: right more often", "bf"),
+            ("lost: right less often", "c"),
+            ("right", "abf"),
+            ("wrong", "cde"),
+            ("cut at the cap", "c"),
+            ("equal to the real response", "abf"),
+        ):
+            page.locator("#filter").select_option(label=shown)
+            assert shown_ids(page) == list(ids), shown
+            assert page.locator("#count").inner_text() == f"{len(ids)} of 6 examples"
+            assert chosen(page) in ids
+
+    def test_between_other_players(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        page.locator("#from").select_option("base")
+        page.locator("#to").select_option("sft")
+        page.locator("#filter").select_option("gained")
+        assert shown_ids(page) == ["a", "c"]
+        page.locator("#filter").select_option("lost")
+        assert shown_ids(page) == []
+        assert page.locator("#detail").inner_text() == ""
+
+    def test_without_a_verifier_by_how_likely_the_real_response_is(self, visit: Open, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run").data([MadeExample(name, tokens=10) for name in "abc"])
+        made.player("base", [Made(real_logprob=-10.0)] * 3)
+        made.player("iteration-0", [Made(real_logprob=value) for value in (-8.0, -12.0, -10.0)])
+        page = visit(html.write(made.run)).page
+        page.locator("#filter").select_option(label="gained: the real response is likelier")
+        assert shown_ids(page) == ["a"]
+        page.locator("#filter").select_option(label="lost: the real response is less likely")
+        assert shown_ids(page) == ["b"]
+
+    def test_search_is_in_all_texts(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        for wanted, ids in (("QUESTION D", "d"), ("one 2", "cde"), ("of sft", "abcdef"), ("nowhere", "")):
+            page.locator("#search").fill(wanted)
+            assert shown_ids(page) == list(ids)
+
+    def test_sorting(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        for order, ids in (
+            ("longest response", "bdcfae"),
+            ("largest margin", "cfadeb"),
+            ("smallest margin", "bedafc"),
+            ("largest gain", "bfadec"),
+            ("largest loss", "cadebf"),
+            ("their order in the data", "abcdef"),
+        ):
+            page.locator("#sort").select_option(label=order)
+            assert shown_ids(page) == list(ids), order
+
+    def test_who_has_no_margin_comes_last_either_way(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        page.locator("#to").select_option("sft")
+        for order in ("margin", "smallest"):
+            page.locator("#sort").select_option(order)
+            assert shown_ids(page) == list("abcdef")
+
+    def test_gained_and_lost_are_marked_in_the_list(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        chips = [item.split("\n")[-1] for item in page.locator("#list li").all_inner_texts()]
+        assert [chip for chip in chips if "gained" in chip or "lost" in chip] == [
+            "b ▲ gained", "c ▼ lost", "f ▲ gained",
+        ]  # fmt: skip
+
+
+class TestGreedy:
+    def test_where_not_everybody_gave_one_there_is_no_choice(self, visit: Open, verified: Path) -> None:
+        assert visit(verified).page.locator("#kind option").all_text_contents() == ["sampled"]
+
+    def test_they_are_judged_by_themselves(self, visit: Open, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run").data([MadeExample(name) for name in "ab"])
+        made.player("base", [Made("s", True, greedy="base greedily", greedy_right=False)] * 2)
+        made.player("iteration-0", [Made("s", True, greedy="g", greedy_right=right) for right in (True, False)])
+        page = visit(html.write(made.run)).page
+        page.locator("#filter").select_option("gained")
+        assert shown_ids(page) == []
+        page.locator("#kind").select_option("greedy")
+        assert shown_ids(page) == ["a"]
+        assert "base greedily" in page.locator("#detail").inner_text()
+
+
+class TestKeyboard:
+    def test_walking_the_list(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        page.locator("#list").focus()
+        for key, expected in (
+            ("j", "b"), ("ArrowDown", "c"), ("k", "b"), ("ArrowUp", "a"), ("ArrowUp", "a"), ("End", "f"), ("j", "f"),
+            ("PageUp", "a"), ("PageDown", "f"), ("Home", "a"),
+        ):  # fmt: skip
+            page.keyboard.press(key)
+            assert chosen(page) == expected, key
+            assert page.locator("#list").get_attribute("aria-activedescendant") == f"example-{'abcdef'.index(expected)}"
+            assert f"{expected} – " in page.locator("#detail h3").inner_text()
+
+    def test_into_the_responses_and_on(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        page.locator("#list").focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "detail"
+        page.keyboard.press("j")
+        assert chosen(page) == "b"
+
+    def test_keys_that_are_typed_are_not_taken(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        page.locator("#search").press_sequentially("jk")
+        assert page.locator("#search").input_value() == "jk"
+        page.locator("#search").fill("")
+        page.locator("#list").focus()
+        page.keyboard.press("Control+j")
+        assert chosen(page) == "a"
+
+    def test_previous_and_next_keep_the_focus(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        page.get_by_role("button", name="Next").focus()
+        page.keyboard.press("Enter")
+        page.keyboard.press("Enter")
+        assert chosen(page) == "c"
+        assert page.evaluate("document.activeElement.textContent") == "Next"
+        assert page.get_by_role("button", name="Previous").is_enabled()
+
+    def test_everything_is_reached_by_tab_and_the_focus_is_seen(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        reached = []
+        while not reached or reached[-1] != "list":
+            page.keyboard.press("Tab")
+            reached.append(
+                page.evaluate("document.activeElement.id || document.activeElement.textContent.trim().slice(0, 20)")
+            )
+            width = page.evaluate("getComputedStyle(document.activeElement).outlineWidth")
+            assert page.evaluate("document.activeElement === document.body") or width == "3px", reached[-1]
+        assert reached[0] == "Skip to the verdict"
+        controls = ["filter", "from", "to", "sort", "kind", "against", "search", "list"]
+        assert [name for name in reached if name in controls] == controls
+        assert "theme" in reached
+
+
+class TestDifferences:
+    @pytest.fixture
+    def page(self, visit: Open, tmp_path: Path) -> Any:
+        made = MadeRun(tmp_path / "run", {"iterations": 1})
+        made.data([MadeExample("a", "q", "the quick brown fox jumps"), MadeExample("b", "q", "我喜欢猫")])
+        made.player("base", [Made("the slow brown dog jumps high"), Made("我喜欢狗")])
+        made.player("iteration-0", [Made("the quick brown dog jumps"), Made("我喜欢猫")])
+        return visit(html.write(made.run)).page
+
+    def marked(self, page: Any) -> list[list[str]]:
+        cards = page.locator(".response").all()
+        return [card.locator("mark").all_text_contents() for card in cards]
+
+    def test_from_the_real_response(self, page: Any) -> None:
+        assert self.marked(page) == [[], ["slow", "dog", "high"], ["dog"]]
+
+    def test_from_the_player_before(self, page: Any) -> None:
+        page.locator("#against").select_option("before")
+        assert self.marked(page) == [[], ["slow", "dog", "high"], ["quick"]]
+
+    def test_from_nothing(self, page: Any) -> None:
+        page.locator("#against").select_option("nothing")
+        assert self.marked(page) == [[], [], []]
+
+    def test_without_blanks_between_words(self, page: Any) -> None:
+        page.locator("#list").focus()
+        page.keyboard.press("j")
+        assert self.marked(page) == [[], ["狗"], []]
+
+    def test_by_an_independent_implementation(self, page: Any) -> None:
+        """As many tokens are kept as difflib's exact matches can't be fewer than, and the kept ones are in both."""
+        import random
+
+        draw = random.Random(5)
+        for _ in range(60):
+            mine, theirs = ([draw.choice("abcd") for _ in range(draw.randrange(12))] for _ in range(2))
+            differs = page.evaluate("([mine, theirs]) => differing(mine, theirs)", [mine, theirs])
+            kept = [token for token, is_new in zip(mine, differs, strict=True) if not is_new]
+            assert len(kept) == _longest_common_subsequence(mine, theirs)
+            rest = iter(theirs)
+            assert all(token in rest for token in kept)
+
+
+def _longest_common_subsequence(mine: list[str], theirs: list[str]) -> int:
+    if not mine or not theirs:
+        return 0
+    if mine[0] == theirs[0]:
+        return 1 + _longest_common_subsequence(mine[1:], theirs[1:])
+    row = [0] * (len(theirs) + 1)
+    for a in mine:
+        before = row[:]
+        for place, b in enumerate(theirs):
+            row[place + 1] = before[place] + 1 if a == b else max(row[place], before[place + 1])
+    return row[-1]
+
+
+HOSTILE = [
+    "<script>window.__pwned = 1</script>",
+    "</script><script>window.__pwned = 1</script>",
+    "<img src=x onerror='window.__pwned = 1'>",
+    "<svg onload='window.__pwned = 1'><a href='javascript:window.__pwned=1'>x</a></svg>",
+    "javascript:window.__pwned=1",
+    "{{ window.__pwned = 1 }} ${window.__pwned = 1} {% raw %} [[${7*7}]]",
+    "--><!-- <![CDATA[ ]]> </textarea></title></style></noscript><iframe srcdoc='<script>parent.__pwned=1</script>'>",
+    "'\"><details open ontoggle=window.__pwned=1>",
+    "datum.constructor.constructor('window.__pwned=1')()",
+]
+
+
+class TestHostileTexts:
+    @pytest.fixture(scope="class")
+    def hostile(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """All that others wrote is hostile: the dataset, the responses, the recipe, diagnostics, the run's name."""
+        place = tmp_path_factory.mktemp("hostile") / "run<img src=x onerror=window.__pwned=1>\u202e"
+        sections = {
+            "model": {"name": HOSTILE[1]},
+            "data": {"source": HOSTILE[2]},
+            "prompt": {"template": "{prompt}" + HOSTILE[0]},
+        }
+        made = MadeRun(place, {**sections, "iterations": 1})
+        made.data([MadeExample(f"{text}{n}", text, text) for n, text in enumerate(HOSTILE)])
+        for player in ("base", "iteration-0"):
+            made.player(player, [Made(f"{player} {text}", right=player != "base") for text in HOSTILE])
+        made.training("iteration-0", [{"step": 1, "loss": 0.6}])
+        made.diagnostics(
+            0, {HOSTILE[0]: 1.0}, dict.fromkeys(("name", "title", "message", "cause", "remedy"), HOSTILE[2])
+        )
+        made.stopped(1, HOSTILE[1])
+        return html.write(made.run)
+
+    def test_nothing_of_it_runs_and_all_of_it_is_text(self, visit: Open, hostile: Path) -> None:
+        page = visit(hostile, "drawn").page
+        texts = set()
+        page.locator("#list").focus()
+        for _ in HOSTILE:
+            texts.add(page.locator(".prompt").text_content())
+            assert page.locator(".response .text").first.text_content() == page.locator(".prompt").text_content()
+            page.keyboard.press("j")
+        assert texts == set(HOSTILE)
+        page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
+        page.mouse.wheel(0, 20_000)
+        assert page.evaluate("window.__pwned") is None
+        assert page.locator("img:not([role]), iframe, object, embed, svg a").count() == 0
+        assert page.locator("script").count() == 2 + page.locator("script[type]").count()
+
+    def test_of_a_comparison_too(self, visit: Open, hostile: Path, tmp_path: Path) -> None:
+        other = plausible(tmp_path / HOSTILE[2].replace("/", "-"), examples=9, iterations=1, words=3, steps=2)
+        page = visit(write_comparison([RunDir(hostile.parent), other.run], tmp_path / "c.html")).page
+        assert page.evaluate("window.__pwned") is None
+        assert page.locator("img:not([role])").count() == 0
+
+    def test_what_can_not_be_seen_is_shown(self, visit: Open, tmp_path: Path) -> None:
+        text = "a\x00b\x1b[31mred\u202egnp.exe\u200b\ufeff\u2066x\u2069\U000e0041\ttab\nline"
+        made = MadeRun(tmp_path / "run").data(
+            [MadeExample("a", text, text), MadeExample("b", "\ud800 and \udfff", "x")]
+        )
+        page = visit(html.write(made.run)).page
+        expected = "aU+0000bU+001B[31mredU+202Egnp.exeU+200BU+FEFFU+2066xU+2069U+E0041\ttab\nline"
+        assert page.locator(".prompt").text_content() == expected
+        assert page.locator(".prompt .unseen").count() == 8
+        page.locator("#list").focus()
+        page.keyboard.press("j")
+        assert page.locator(".prompt").text_content() == "U+D800 and U+DFFF"
+
+    def test_a_text_that_reads_from_right_to_left_turns_nothing_around_it(self, visit: Open, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run").data([MadeExample("a", "مرحبا بالعالم", "x")])
+        page = visit(html.write(made.run)).page
+        style = page.locator(".prompt").evaluate(
+            "(node) => [getComputedStyle(node).direction, getComputedStyle(node).unicodeBidi]"
+        )
+        assert style == ["rtl", "isolate"]
+
+    def test_a_text_of_a_megabyte(self, visit: Open, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run").data([MadeExample("a", "word " * 200_000, "real " * 200_000)])
+        for player in ("base", "iteration-0"):
+            made.player(player, [Made(f"{player} " * 100_000)])
+        page = visit(html.write(made.run)).page
+        assert len(page.locator(".prompt").text_content()) < 21_000
+        assert "more characters are in the run directory" in page.locator(".prompt").text_content()
+
+
+class TestReloading:
+    def test_it_keeps_the_place_the_filter_and_the_example(self, visit: Open, running: MadeRun) -> None:
+        html.write(running.run, running=True)
+        page = visit(running.path / "report.html", "drawn", clock=True).page
+        page.locator("#sort").select_option("longest")
+        page.locator("#search").fill("words")
+        page.locator("#list").focus()
+        page.keyboard.press("j")
+        at, example = page.evaluate("scrollY"), chosen(page)
+        assert at > 0
+        running.took("data", 1.0)
+        html.write(running.run, running=True)
+        with page.expect_navigation():
+            page.clock.run_for(15_000)
+        page.wait_for_selector("body[data-drawn]", state="attached")
+        assert page.locator("#sort").input_value() == "longest"
+        assert page.locator("#search").input_value() == "words"
+        assert chosen(page) == example
+        assert page.evaluate("document.activeElement.id") == "list"
+        assert page.evaluate("scrollY") == at
+
+    def test_not_while_it_is_paused_or_in_use(self, visit: Open, running: MadeRun) -> None:
+        page = visit(running.path / "report.html", clock=True).page
+        page.evaluate("window.__stayed = true")
+        page.locator("#search").focus()
+        page.clock.run_for(40_000)
+        page.locator("#search").blur()
+        page.evaluate("getSelection().selectAllChildren(document.getElementById('headline'))")
+        page.clock.run_for(40_000)
+        page.evaluate("getSelection().removeAllRanges()")
+        page.get_by_role("button", name="Pause reloading").click()
+        page.clock.run_for(40_000)
+        assert page.evaluate("window.__stayed") is True
+        page.reload()
+        assert page.get_by_role("button", name="Go on reloading").get_attribute("aria-pressed") == "true"
+        with page.expect_navigation():
+            page.get_by_role("button", name="Go on reloading").click()
+            page.clock.run_for(15_000)
+
+    def test_a_page_that_was_left_behind_says_so(self, visit: Open, running: MadeRun) -> None:
+        page = visit(running.path / "report.html").page
+        assert page.locator("#stale").inner_text() == ""
+        later = page.context.new_page()
+        later.clock.install()
+        later.clock.fast_forward("03:00:00")
+        later.goto((running.path / "report.html").as_uri())
+        assert "180 minutes ago: whether it still runs, spinlm status says" in later.locator("#stale").inner_text()
+
+    def test_a_finished_page_stays(self, visit: Open, report: Path) -> None:
+        page = visit(report, clock=True).page
+        page.evaluate("window.__stayed = true")
+        page.clock.run_for(120_000)
+        assert page.evaluate("window.__stayed") is True
+
+
+class TestPacked:
+    @pytest.fixture(scope="class")
+    def packed(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("spinlm.reporting.browser.PLAIN_BYTES", 0)
+            made = plausible(tmp_path_factory.mktemp("packed") / "run", examples=12, iterations=1, words=6, steps=3)
+            return html.write(made.run)
+
+    def test_it_is_unpacked(self, visit: Open, packed: Path) -> None:
+        page = visit(packed).page
+        assert 'data-encoding="gzip"' in packed.read_text(encoding="utf-8")
+        assert page.locator("#count").inner_text() == "12 of 12 examples"
+
+    def test_a_browser_that_can_not_unpack_says_so(self, visit: Open, packed: Path) -> None:
+        page = visit(packed).page
+        page.add_init_script("delete window.DecompressionStream")
+        page.reload()
+        page.wait_for_selector("body[data-drawn]", state="attached")
+        assert "can't be shown by this browser" in page.locator("#examples-failed").inner_text()
+        assert page.locator(".plot svg").count() == page.locator(".plot").count()
