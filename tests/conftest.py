@@ -77,6 +77,16 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "copied"
 
 
+@pytest.fixture
+def half_finished(copied: Path) -> Path:
+    """The same, interrupted in iteration 1 between two shards of responses."""
+    shards = ("iterations/1/synthetic/00001.jsonl", "iterations/1/synthetic/00002.jsonl")
+    rest = ("opponent_logprobs", "training", "adapter", "diagnostics")
+    later = (*(f"iterations/1/{name}" for name in rest), "evaluation/iteration-1", "control", "evaluation/control")
+    command.forget(copied / "runs/recipe", *shards, *later)
+    return copied
+
+
 @pytest.fixture(scope="session")
 def resumed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """The run of `finished`, killed in every stage on its way; only to be read."""

@@ -16,13 +16,14 @@ from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.judged import judged_tables
+from spinlm.reporting.card import model_card
+from spinlm.reporting.diagnostics import diagnostics
 from spinlm.reporting.metrics import evaluations_frame, metrics_frame
-from spinlm.reporting.report import Report, Sample, model_card, verdict
-from spinlm.reporting.summary import summarise
+from spinlm.reporting.report import Report, Sample, verdict
+from spinlm.reporting.summary import beside_the_others, summarise
 from spinlm.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
-    import pandas
     from pandas import DataFrame
     from rich.console import Console
 
@@ -68,15 +69,15 @@ class Run:
         return {path.parent.name: read_json(path) for path in paths}
 
     @property
-    def benchmarks(self) -> pandas.DataFrame:
+    def benchmarks(self) -> DataFrame:
         """Each player's benchmark scores, all metrics, in lm-eval's units.
 
         Columns: suite, player, task, metric, value, stderr, shots, examples.
         """
-        import pandas
+        from pandas import DataFrame
 
         columns = ["suite", "player", "task", "metric", "value", "stderr", "shots", "examples"]
-        return pandas.DataFrame(benchmark_records(self._run_dir), columns=columns)
+        return DataFrame(benchmark_records(self._run_dir), columns=columns)
 
     @property
     def trained(self) -> list[int]:
@@ -367,9 +368,13 @@ def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool)
         shutil.copytree(weights, out)
         _name_the_base(out / "adapter_config.json", recipe.model)
     Renderer(players.tokenizer, recipe.prompt, players.stop_ids()).tokenizer.save_pretrained(out)
-    header = RunDir(source.path).header()
-    report = {**header, "measures": source.measures.get(name, {})}
-    (out / "README.md").write_text(model_card(name, report, recipe.model.name, whole), encoding="utf-8")
+    (out / "README.md").write_text(_card(RunDir(source.path), name, whole), encoding="utf-8")
+
+
+def _card(run: RunDir, name: str, merged: bool) -> str:
+    summary = beside_the_others(run, summarise(run), name)
+    found = diagnostics(run, run.recipe()).get(name)
+    return model_card(name, run.header(), merged, summary, [] if found is None else found.warnings)
 
 
 def _name_the_base(config: Path, base: ModelSection) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -331,7 +332,8 @@ def _serve(path: Path, port: int) -> None:
     with make_server(RunDir(path), port) as server:
         typer.echo(f"{path}: {address(server)} (Ctrl-C ends it)")
         typer.echo(f"from another machine: {tunnel(server)}, then open {address(server)} there")
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 def _iteration(stages: Any, stage: str, asked: int | None) -> int:

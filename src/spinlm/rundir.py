@@ -151,7 +151,7 @@ class RunDir:
         path = self.path / "run.json"
         try:
             header = dict(read_json(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.path}: not a run directory (it has no run.json)") from None
         except (ValueError, TypeError, OSError) as error:
             raise UserError(f"{path}: can't be read: {error}; restore it, or start a new run") from None
@@ -234,7 +234,7 @@ class RunDir:
         try:
             with (self.path / "lock").open("rb") as lock:
                 return _is_held(lock)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
 
     def put(self, name: str, text: str) -> Path:

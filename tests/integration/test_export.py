@@ -57,7 +57,11 @@ def test_loads_as_the_player(
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nbase_model: ")
     assert "2401.01335" in card
-    assert "real NLL a token" in card
+    assert (
+        f"| measure | iteration-{(finished / 'runs/recipe' / weights).resolve().parent.name} | base | sft | control |"
+        in card
+    )
+    assert "- It is better than base (5.5" in card
 
 
 def test_a_whole_model(finished_full: Path, tmp_path: Path) -> None:

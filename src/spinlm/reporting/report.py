@@ -1,11 +1,9 @@
-"""The end of a run for people: a table of held-out measures, a few responses, and what the numbers allow to say."""
+"""The end of a run for people: a table of held-out measures, a few responses, what the numbers allow to say."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -89,9 +87,12 @@ class Report:
             "## Held-out measures, with 95 % intervals",
             "",
         ]
-        lines += [_row(["player", *(COLUMNS[name] for name in shown)]), _row(["---"] * (len(shown) + 1))]
         lines += [
-            _row([player, *(_cell(of_player.get(name)) for name in shown)])
+            markdown_row(["player", *(COLUMNS[name] for name in shown)]),
+            markdown_row(["---"] * (len(shown) + 1)),
+        ]
+        lines += [
+            markdown_row([player, *(_cell(of_player.get(name)) for name in shown)])
             for player, of_player in self.summary.measures.items()
         ]
         for number, sample in enumerate(self.samples, start=1):
@@ -113,11 +114,12 @@ def verdict(summary: Summary) -> str:
         return "No iteration is measured yet."
     best = summary.measures[summary.best][summary.select_by]
     lines = [f"Best iteration: {summary.best}, by {summary.select_by}: {with_interval(best)}."]
-    lines += [_compared_with(other, summary) for other in summary.measures if not is_iteration(other)]
+    lines += [compared_with(other, summary) for other in summary.measures if not is_iteration(other)]
     return "\n".join(lines)
 
 
-def _compared_with(other: str, summary: Summary) -> str:
+def compared_with(other: str, summary: Summary) -> str:
+    """The best beside another player, by the measure that chose it, in a sentence."""
     outcome = summary.outcome(other)
     if outcome.word == "equal":
         return f"It is equal to {other}."
@@ -146,7 +148,8 @@ def with_interval(measured: Values, signed: bool = False) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _row(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
+    """A row of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -156,44 +159,3 @@ def _quoted(title: str, text: str) -> list[str]:
     while fence in text:
         fence += "`"
     return [f"**{title}**", "", fence, text, fence, ""]
-
-
-def model_card(name: str, report: Mapping[str, Any], base: str, merged: bool) -> str:
-    """The README of an exported model.
-
-    Args:
-        name: The exported player.
-        report: `recipe`, `measures` (of the player) and `versions`.
-        base: The base model's name.
-        merged: Whether the adapter is merged into the base.
-    """
-    training, kind = report["recipe"]["training"], "merged model" if merged else "adapter"
-    rows = [_row([COLUMNS[key], with_interval(value)]) for key, value in report["measures"].items() if key in COLUMNS]
-    front = ["---", f"base_model: {json.dumps(base)}", "library_name: " + ("transformers" if merged else "peft")]
-    return "\n".join(
-        [
-            *front,
-            "tags: [spin, self-play, spinlm]",
-            "---",
-            "",
-            f"# {name}",
-            "",
-            f"A {kind} trained from `{base}` by SPIN, Self-Play Fine-Tuning (arXiv 2401.01335), with spinlm "
-            f"{report['versions'].get('spinlm', '')}.",
-            "",
-            f"Dataset: `{report['recipe']['data']['source']}`. Loss: {training['loss']}, beta {training['beta']}, "
-            f"learning rate {training['learning_rate']}, seed {report['recipe']['seed']}.",
-            "",
-            "## Held-out measures, with 95 % intervals",
-            "",
-            _row(["measure", "value"]),
-            _row(["---", "---"]),
-            *rows,
-            "",
-            "## Limits",
-            "",
-            "Measured on a held-out part of the same dataset only. Self-play learns to imitate the dataset's "
-            "responses, its mistakes included; nothing here makes the model safer than its base.",
-            "",
-        ]
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from spinlm.config import Recipe
@@ -87,6 +87,18 @@ def summarise(run: RunDir) -> Summary:
     best = select_best(iterations, select_by) if iterations else None
     differences = _differences(run, measures, best, select_by)
     return Summary(run.path.resolve().name, measures, select_by, best, differences, held_out)
+
+
+def beside_the_others(run: RunDir, summary: Summary, player: str) -> Summary:
+    """The same summary with another player in the place of the best: the differences are that player's.
+
+    Raises:
+        UserError: Something in the run isn't what was committed.
+    """
+    if player not in summary.measures:
+        return summary
+    differences = _differences(run, summary.measures, player, summary.select_by)
+    return replace(summary, best=player, differences=differences)
 
 
 def player_names(recipe: Recipe) -> list[str]:

@@ -4,10 +4,9 @@ import io
 from typing import Any
 
 import pytest
-import yaml
 from rich.console import Console
 
-from spinlm.reporting.report import Report, Sample, model_card, verdict
+from spinlm.reporting.report import Report, Sample, verdict
 from spinlm.reporting.summary import Summary
 
 
@@ -158,43 +157,3 @@ def test_more_players_than_fit_a_terminal_go_below() -> None:
 
 def test_the_tables_title_is_shown_as_it_is() -> None:
     assert "my[red]run: held-out measures" in shown(report(title="my[red]run").table())
-
-
-def card(base: str = "org/base", merged: bool = False) -> str:
-    recipe = {
-        "training": {"loss": "hinge", "beta": [0.1, 5.0], "learning_rate": 5e-7},
-        "seed": 3,
-        "data": {"source": "d"},
-    }
-    written = {"recipe": recipe, "versions": {"spinlm": "9.9"}, "measures": MEASURES["iteration-0"] | {"other": {}}}
-    return model_card("iteration-0", written, base, merged)
-
-
-class TestModelCard:
-    @pytest.mark.parametrize(
-        ("merged", "library", "kind"), [(False, "peft", "adapter"), (True, "transformers", "merged model")]
-    )
-    def test_what_it_is(self, merged: bool, library: str, kind: str) -> None:
-        _, front, text = card(merged=merged).split("---\n", 2)
-        assert yaml.safe_load(front) == {
-            "base_model": "org/base",
-            "library_name": library,
-            "tags": ["spin", "self-play", "spinlm"],
-        }
-        assert f"\n# iteration-0\n\nA {kind} trained from `org/base` by SPIN" in text
-        assert "with spinlm 9.9." in text
-
-    def test_how_it_was_made_and_what_it_measures(self) -> None:
-        assert "Dataset: `d`. Loss: hinge, beta [0.1, 5.0], learning rate 5e-07, seed 3." in card()
-        assert (
-            "| measure | value |\n"
-            "| --- | --- |\n"
-            "| accuracy, sampled | 0.500 [0.300, 0.700] |\n"
-            "| real NLL a token | 1.25 [1.00, 1.50] |\n"
-            "| reward accuracy | 0.750 [0.500, 1.000] |\n"
-            "\n"
-        ) in card()
-
-    @pytest.mark.parametrize("base", ["models/a: b", "@models/a", "models/a #2"])
-    def test_a_base_with_a_name_that_is_not_plain_yaml(self, base: str) -> None:
-        assert yaml.safe_load(card(base).split("---\n")[1])["base_model"] == base
