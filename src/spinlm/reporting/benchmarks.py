@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from spinlm.errors import UserError, first_line
 from spinlm.rundir import RunDir, read_json
 
 FOLDER = "benchmarks"
@@ -212,7 +213,16 @@ def _suites(run: RunDir) -> list[Path]:
 
 
 def _tasks(suite: Path) -> list[dict[str, Any]]:
-    return list(read_json(suite)["tasks"])
+    return list(_described(suite)["tasks"])
+
+
+def _described(suite: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(suite))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{suite}: can't be read: {first_line(error)}; delete it, and spinlm evaluate --suite writes it anew"
+        ) from None
 
 
 def _players(folder: Path) -> list[str]:
@@ -225,13 +235,13 @@ def _players(folder: Path) -> list[str]:
 
 def _results(run: RunDir, folder: Path, player: str, task: str) -> Iterator[dict[str, Any]]:
     """The one result that is committed, or none."""
-    path = folder / player / f"{task}.json"
-    if run.has_record(path.relative_to(run.path).as_posix()):
-        yield read_json(path)
+    key = (folder / player / f"{task}.json").relative_to(run.path).as_posix()
+    if run.has_record(key):
+        yield run.committed_json(key)
 
 
 def _table(run: RunDir, path: Path) -> BenchmarkTable:
-    suite = read_json(path)
+    suite = _described(path)
     results = {
         (player, task["name"]): result
         for player in _players(path.parent)

@@ -28,6 +28,7 @@ from spinlm.reporting.charts import Chart, curves, differences_chart, distributi
 from spinlm.reporting.diagnostics import diagnostics, stopped
 from spinlm.reporting.escape import json_for_script, plain, visible
 from spinlm.reporting.metrics import write_metrics
+from spinlm.reporting.sections import sections
 from spinlm.reporting.status import status
 from spinlm.reporting.summary import Summary, held_out_examples, is_iteration, summarise
 from spinlm.reporting.tables import (
@@ -98,7 +99,7 @@ def page(run: RunDir, running: bool = False) -> str:
         "distributions": _distributions(examples),
         "diagnostics": found,
         "diagnostics_table": numbers_table("Diagnostics", {name: each.values for name, each in found.items()}),
-        "sections": [],
+        "sections": sections(run),
         "stages": stages_table(stages),
         "facts": _facts(run, recipe),
         "recipe": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -309,8 +310,15 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = plain
+    environment.filters["on_two_lines"] = _on_two_lines
     environment.filters["json"] = lambda value: Markup(json_for_script(value))
     return environment
+
+
+def _on_two_lines(cell: str) -> tuple[str, str]:
+    """A cell's value, and its interval or error, where it has one."""
+    at = min((found for mark in (" [", " ±") if (found := cell.find(mark)) > 0), default=len(cell))
+    return cell[:at], cell[at:].strip()
 
 
 def _asset(name: str) -> str:

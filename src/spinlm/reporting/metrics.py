@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from spinlm.evaluation.measures import PARTS
+from spinlm.reporting.benchmarks import benchmark_records
 from spinlm.reporting.diagnostics import diagnostics
 from spinlm.reporting.summary import is_iteration, measured_players
 from spinlm.reporting.training_log import committed_log, trained_players
@@ -52,7 +53,7 @@ def metrics(run: RunDir) -> list[Metric]:
     Raises:
         UserError: There is no run, or something in it isn't what was committed.
     """
-    return [*_training(run), *_held_out(run), *_diagnostics(run)]
+    return [*_training(run), *_held_out(run), *_diagnostics(run), *_benchmarks(run)]
 
 
 def write_metrics(run: RunDir) -> None:
@@ -114,6 +115,15 @@ def _diagnostics(run: RunDir) -> Iterator[Metric]:
     for player, found in diagnostics(run, run.recipe()).items():
         for name in sorted(found.values):
             yield Metric("diagnostics", player, None, name, _finite(found.values[name]))
+
+
+def _benchmarks(run: RunDir) -> Iterator[Metric]:
+    """Named by suite, task and lm-eval's metric; the interval is 1.96 standard errors to each side."""
+    for found in benchmark_records(run):
+        name = f"{found['suite']}/{found['task']}/{found['metric']}"
+        value, error = found["value"], found["stderr"]
+        low, high = (None, None) if value is None or error is None else (value - 1.96 * error, value + 1.96 * error)
+        yield Metric("benchmark", found["player"], None, name, value, low, high, found["examples"])
 
 
 def _finite(value: float) -> float | None:

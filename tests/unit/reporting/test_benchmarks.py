@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from made_run import MadeRun
 from spinlm.benchmarking import _describe, folder_of
+from spinlm.errors import UserError
 from spinlm.evaluation.harness import Catalogue
 from spinlm.evaluation.suites import Suite, find_suite
 from spinlm.reporting.benchmarks import BenchmarkTable, benchmark_records, benchmark_tables
+from spinlm.reporting.metrics import metrics
+from spinlm.reporting.sections import sections
 from spinlm.rundir import RunDir, write_json
 
 SUITE: dict[str, Any] = {
@@ -198,3 +202,43 @@ def test_records_are_as_lm_eval_has_them(run: RunDir) -> None:
         ("gsm8k", "exact_match,strict-match", 0.25, 0.04, 5, 100),
     ]
     assert {(r["suite"], r["player"]) for r in records} == {("mine", "base")}
+
+
+class TestOnThePage:
+    def test_a_section_with_the_papers_rows_beneath(self, run: RunDir) -> None:
+        paper = {"source": "arXiv 1", "rows": {"theirs": {"arc_easy": 60.0, "gsm8k": 30.0}}}
+        describe(run, paper=paper)
+        for task in ("arc_easy", "gsm8k"):
+            put(run, "base", task)
+        (section,) = sections(run)
+        assert (section.id, section.title) == ("benchmarks", "Benchmarks")
+        ours, theirs = section.tables
+        assert ours.caption == "mine: two tasks, percent, with standard errors"
+        assert ours.headings == ["player", "ARC", "GSM8K", "average"]
+        assert ours.rows == [["base", "50.00 ± 3.00", "25.00 ± 4.00", "37.50 ± 2.50"]]
+        assert theirs.caption == "mine, for comparison: arXiv 1"
+        assert theirs.rows == [["theirs", "60.00", "30.00", "45.00"]]
+        assert section.notes == ["mine: ARC: 25-shot acc_norm; GSM8K: 5-shot exact_match strict-match."]
+
+    def test_nothing_measured_no_section(self, run: RunDir) -> None:
+        describe(run)
+        assert sections(run) == []
+
+    def test_among_the_metrics(self, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run")
+        describe(made.run)
+        put(made.run, "base", "arc_easy")
+        assert [(m.source, m.player, m.metric, m.value, m.low, m.count) for m in metrics(made.run)] == [
+            ("benchmark", "base", "mine/arc_easy/acc,none", 0.125, None, 100),
+            ("benchmark", "base", "mine/arc_easy/acc_norm,none", 0.5, pytest.approx(0.5 - 1.96 * 0.03), 100),
+        ]
+
+    def test_what_is_broken_is_named(self, run: RunDir) -> None:
+        describe(run)
+        put(run, "base", "arc_easy")
+        (run.path / "benchmarks/mine/base/arc_easy.json").write_text("{")
+        with pytest.raises(UserError, match=r"base/arc_easy\.json: not what was committed"):
+            sections(run)
+        (run.path / "benchmarks/mine/suite.json").write_text('{"tasks": [')
+        with pytest.raises(UserError, match=r"mine/suite\.json: can't be read: .*delete it"):
+            sections(run)
