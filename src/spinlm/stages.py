@@ -397,6 +397,7 @@ class Stages(Workshop):
         warned = warnings(values, self.recipe.warnings)
         with artifact.staging() as place:
             write_json(place, {"values": values, "warnings": [asdict(one) for one in warned]})
+        self.page.update(now=True)
         for one in warned:
             self.progress.say(f"warning, iteration {iteration}: {one.title}. {one.message} {one.remedy}")
 

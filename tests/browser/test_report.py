@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from browser.conftest import Open
+from browser.screenshots import take
 from made_run import Made, MadeExample, MadeRun, plausible
 from spinlm.reporting import html
 from spinlm.reporting.comparison import write_comparison
@@ -410,6 +412,19 @@ class TestHostileTexts:
         assert "more characters are in the run directory" in page.locator(".prompt").text_content()
 
 
+def until_it_reloads(page: Any) -> None:
+    """Let its clock run, a second at a time, until it is another page."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    page.evaluate("window.__before = true")
+    for _ in range(60):
+        page.clock.run_for(1_000)
+        with contextlib.suppress(sync_api.Error):  # asked while it reloads
+            if page.evaluate("window.__before") is None:
+                page.wait_for_selector("body[data-drawn]", state="attached")
+                return
+    raise AssertionError("it hasn't reloaded in a minute")
+
+
 class TestReloading:
     def test_it_keeps_the_place_the_filter_and_the_example(self, visit: Open, running: MadeRun) -> None:
         html.write(running.run, running=True)
@@ -418,13 +433,13 @@ class TestReloading:
         page.locator("#search").fill("words")
         page.locator("#list").focus()
         page.keyboard.press("j")
+        page.evaluate("document.querySelector('#run details').open = true")
         at, example = page.evaluate("scrollY"), chosen(page)
         assert at > 0
         running.took("data", 1.0)
         html.write(running.run, running=True)
-        with page.expect_navigation():
-            page.clock.run_for(15_000)
-        page.wait_for_selector("body[data-drawn]", state="attached")
+        until_it_reloads(page)
+        assert page.locator("#run details").first.get_attribute("open") is not None
         assert page.locator("#sort").input_value() == "longest"
         assert page.locator("#search").input_value() == "words"
         assert chosen(page) == example
@@ -435,19 +450,19 @@ class TestReloading:
         page = visit(running.path / "report.html", clock=True).page
         page.evaluate("window.__stayed = true")
         page.locator("#search").focus()
-        page.clock.run_for(40_000)
-        page.locator("#search").blur()
+        for _ in range(6):
+            page.clock.run_for(9_000)
+            page.keyboard.press("a")
         page.evaluate("getSelection().selectAllChildren(document.getElementById('headline'))")
         page.clock.run_for(40_000)
-        page.evaluate("getSelection().removeAllRanges()")
         page.get_by_role("button", name="Pause reloading").click()
+        page.evaluate("getSelection().removeAllRanges()")
         page.clock.run_for(40_000)
         assert page.evaluate("window.__stayed") is True
         page.reload()
         assert page.get_by_role("button", name="Go on reloading").get_attribute("aria-pressed") == "true"
-        with page.expect_navigation():
-            page.get_by_role("button", name="Go on reloading").click()
-            page.clock.run_for(15_000)
+        page.get_by_role("button", name="Go on reloading").click()
+        until_it_reloads(page)
 
     def test_a_page_that_was_left_behind_says_so(self, visit: Open, running: MadeRun) -> None:
         page = visit(running.path / "report.html").page
@@ -485,3 +500,18 @@ class TestPacked:
         page.wait_for_selector("body[data-drawn]", state="attached")
         assert "can't be shown by this browser" in page.locator("#examples-failed").inner_text()
         assert page.locator(".plot svg").count() == page.locator(".plot").count()
+
+
+def test_screenshots(chromium: Any, report: Path, tmp_path: Path) -> None:
+    sizes = {}
+    for path in take(chromium, report, tmp_path / "images"):
+        header = path.read_bytes()[:24]
+        sizes[path.name] = (int.from_bytes(header[16:20]), int.from_bytes(header[20:24]))
+        assert header.startswith(b"\x89PNG")
+    assert sizes == {
+        "report-1280.png": (1280, 900),
+        "report-1280-dark.png": (1280, 900),
+        "report-820.png": (820, 1000),
+        "report-390.png": (390, 844),
+        "examples-1280.png": (1280, 760),
+    }

@@ -129,20 +129,32 @@ function setUpReloading() {
   }
   setInterval(() => {
     if (kept().paused || isBeingUsed()) return;
-    keep({ scroll: scrollY, focus: document.activeElement?.id });
+    keepPlace();
     location.reload();
   }, seconds * 1000);
 }
 
+const IDLE_SECONDS = 10;
+let lastTouched = -Infinity;
+for (const kind of ["keydown", "pointerdown", "input"]) addEventListener(kind, () => (lastTouched = Date.now()), true);
+
 function isBeingUsed() {
-  const typing = document.activeElement?.matches("input, select, textarea");
-  return typing || document.hidden || !getSelection().isCollapsed || document.querySelector("dialog[open]") !== null;
+  const touched = Date.now() - lastTouched < IDLE_SECONDS * 1000;
+  return touched || document.hidden || !getSelection().isCollapsed || document.querySelector("dialog[open]") !== null;
+}
+
+const allDetails = () => [...document.querySelectorAll("details")];
+
+function keepPlace() {
+  keep({ scroll: scrollY, focus: document.activeElement?.id, open: allDetails().map((details) => details.open) });
 }
 
 function goBackToPlace() {
-  const { scroll, focus } = kept();
-  keep({ scroll: undefined, focus: undefined });
+  const { scroll, focus, open } = kept();
+  keep({ scroll: undefined, focus: undefined, open: undefined });
   if (scroll === undefined) return;
+  const details = allDetails();
+  if (open.length === details.length) details.forEach((one, place) => (one.open = open[place]));
   if (focus) byId(focus)?.focus({ preventScroll: true });
   scrollTo({ top: scroll, behavior: "instant" });
 }
