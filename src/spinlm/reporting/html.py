@@ -60,7 +60,6 @@ class Figure:
 
     charts: Sequence[Chart]
     tables: Sequence[Table]
-    note: str = ""
 
 
 def write(run: RunDir, running: bool = False) -> Path:
