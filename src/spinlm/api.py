@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
-from spinlm.reporting.judged import judged_tables
 from spinlm.reporting.card import model_card
 from spinlm.reporting.diagnostics import diagnostics
+from spinlm.reporting.judged import judged_tables
 from spinlm.reporting.metrics import evaluations_frame, metrics_frame
 from spinlm.reporting.report import Report, Sample, verdict
 from spinlm.reporting.summary import beside_the_others, summarise

@@ -129,6 +129,7 @@ class LivePage:
         self._say = say
         self._writes = writes
         self._due = 0.0
+        self._shown = run.keys()
         self._says_running = False
 
     def update(self, now: bool = False) -> None:
@@ -145,8 +146,8 @@ class LivePage:
         self._write(running=False)
 
     def end(self) -> None:
-        """The run ends here, done or interrupted: a page that says that it is going on says so no longer."""
-        if self._says_running:
+        """The run ends here, done or interrupted: the page shows all of it, and says no longer that it is going on."""
+        if self._says_running or self._shown != self._run.keys():
             self._write(running=False)
 
     def _write(self, running: bool) -> None:
@@ -154,8 +155,9 @@ class LivePage:
             return
         started = time.monotonic()
         try:
+            shown = self._run.keys()
             write(self._run, running)
-            self._says_running = running
+            self._shown, self._says_running = shown, running
         except Exception as error:
             self._say(f"{self._run.path / FILE}: not written: {type(error).__name__}: {first_line(error)}")
         ended = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spinlm.reporting.report import with_interval
-from spinlm.rundir import RunDir, read_json
+from spinlm.rundir import RunDir
 
 Result = Mapping[str, Any]
 """A committed `result.json`."""
@@ -52,13 +53,17 @@ def judged_tables(run: RunDir, keys: Sequence[str] | None = None) -> list[Judged
         keys: Only these results. None: all that are committed, but for those of players that were trained
             anew since.
     """
+    results: dict[tuple[str, str, str], list[Result]] = {}
+    for suite, result in judged_results(run, keys):
+        results.setdefault((suite, result["questions"], result["judge"]), []).append(result)
+    return [_TABLES[suite](questions, judge, of_table) for (suite, questions, judge), of_table in results.items()]
+
+
+def judged_results(run: RunDir, keys: Sequence[str] | None = None) -> list[tuple[str, Result]]:
+    """The results themselves, each with its benchmark's name; see `judged_tables`."""
     if keys is None:
         keys = [key for record in run.records() if _is_result(key := record["key"]) and _is_current(run, record)]
-    results: dict[tuple[str, str, str], list[Result]] = {}
-    for key in keys:
-        result = read_json(run.path / key / "result.json")
-        results.setdefault((key.split("/")[1], result["questions"], result["judge"]), []).append(result)
-    return [_TABLES[suite](questions, judge, of_table) for (suite, questions, judge), of_table in results.items()]
+    return [(key.split("/")[1], json.loads(run.committed(key, "result.json"))) for key in keys]
 
 
 def _arena_table(questions: str, judge: str, results: Sequence[Result]) -> JudgedTable:

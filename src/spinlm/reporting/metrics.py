@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spinlm.evaluation.measures import PARTS
 from spinlm.reporting.benchmarks import benchmark_records
 from spinlm.reporting.diagnostics import diagnostics
+from spinlm.reporting.judged import judged_results
 from spinlm.reporting.summary import is_iteration, measured_players
 from spinlm.reporting.training_log import committed_log, trained_players
 from spinlm.rundir import RunDir
@@ -53,7 +54,7 @@ def metrics(run: RunDir) -> list[Metric]:
     Raises:
         UserError: There is no run, or something in it isn't what was committed.
     """
-    return [*_training(run), *_held_out(run), *_diagnostics(run), *_benchmarks(run)]
+    return [*_training(run), *_held_out(run), *_diagnostics(run), *_benchmarks(run), *_judged(run)]
 
 
 def write_metrics(run: RunDir) -> None:
@@ -124,6 +125,25 @@ def _benchmarks(run: RunDir) -> Iterator[Metric]:
         value, error = found["value"], found["stderr"]
         low, high = (None, None) if value is None or error is None else (value - 1.96 * error, value + 1.96 * error)
         yield Metric("benchmark", found["player"], None, name, value, low, high, found["examples"])
+
+
+JUDGED = ("win_rate", "length_controlled_win_rate", "position_bias", "grade")
+
+
+def _judged(run: RunDir) -> Iterator[Metric]:
+    """Named by benchmark, questions, judge and, of two players, the other one."""
+    for suite, result in judged_results(run):
+        parts = [
+            suite,
+            result["questions"],
+            result["judge"],
+            *([f"against {result['other']}"] if "other" in result else []),
+        ]
+        for name in JUDGED:
+            if measured := result.get(name):
+                value, low, high = (_finite(measured[end]) for end in ("value", "low", "high"))
+                metric = "/".join([*parts, name])
+                yield Metric("judge", result["player"], None, metric, value, low, high, measured["prompts"])
 
 
 def _finite(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""What else has been measured of a run, as sections of its page: benchmark suites."""
+"""What else has been measured of a run, as sections of its page: benchmark suites, and what judges made of answers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from spinlm.reporting.benchmarks import BenchmarkTable, Row, benchmark_tables
+from spinlm.reporting.judged import JudgedTable, judged_tables
 from spinlm.reporting.tables import Table
 from spinlm.rundir import RunDir
 
@@ -30,7 +31,8 @@ class Section:
 
 def sections(run: RunDir) -> list[Section]:
     """Those that a run has something for."""
-    return [section for section in (_benchmarks(benchmark_tables(run)),) if section.tables]
+    found = (_benchmarks(benchmark_tables(run)), _judged(judged_tables(run)))
+    return [section for section in found if section.tables]
 
 
 def _benchmarks(found: Sequence[BenchmarkTable]) -> Section:
@@ -41,6 +43,12 @@ def _benchmarks(found: Sequence[BenchmarkTable]) -> Section:
             tables.append(_benchmark(table, f"{table.suite}, for comparison: {table.source}", table.paper))
     notes = chain.from_iterable((f"{table.suite}: {note}" for note in table.notes) for table in found)
     return Section("benchmarks", "Benchmarks", list(notes), tables)
+
+
+def _judged(found: Sequence[JudgedTable]) -> Section:
+    notes = dict.fromkeys(note for table in found for note in table.notes)
+    tables = [Table(table.title, table.headings, table.rows) for table in found]
+    return Section("judged", "Judged answers", list(notes), tables)
 
 
 def _benchmark(table: BenchmarkTable, caption: str, rows: Sequence[Row]) -> Table:

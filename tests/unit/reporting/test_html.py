@@ -232,6 +232,13 @@ class TestLivePage:
         LivePage(made.run, said.append).end()
         assert not (made.path / "report.html").exists()
 
+    def test_in_the_end_it_shows_all_that_was_committed(self, made: MadeRun, said: list[str]) -> None:
+        live = LivePage(made.run, said.append)
+        made.training("iteration-0", [{"step": 1, "loss": 0.5}])
+        live.end()
+        assert sections((made.path / "report.html").read_text(encoding="utf-8"))[1] == "training"
+        assert self.state(made) == "unfinished"
+
     def test_it_is_written_as_often_as_it_is_worth(
         self, made: MadeRun, said: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

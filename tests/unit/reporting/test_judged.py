@@ -12,7 +12,10 @@ from rich.console import Console
 import tiny
 from integration import command
 from spinlm.config import load_recipe
+from spinlm.errors import UserError
 from spinlm.reporting.judged import JudgedTable, judged_tables
+from spinlm.reporting.metrics import metrics
+from spinlm.reporting.sections import sections
 from spinlm.rundir import RunDir, write_json
 
 
@@ -154,3 +157,28 @@ def test_names_are_shown_as_they_are(run: RunDir) -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[red]x[/red] against y" in shown
     assert "judged by [b]j" in shown
+
+
+def test_on_the_page(run: RunDir) -> None:
+    commit(run, "benchmarks/arena/iteration-0-vs-sft/x", {}, arena("iteration-0", "sft"))
+    commit(run, "benchmarks/arena/iteration-1-vs-sft/x", {}, arena("iteration-1", "sft", judge="another"))
+    (section,) = sections(run)
+    assert (section.id, section.title) == ("judged", "Judged answers")
+    assert [table.caption for table in section.tables] == [table.title for table in judged_tables(run)]
+    assert section.tables[0].rows[0][:2] == ["iteration-0 against sft", "0.750 [0.625, 0.875]"]
+    assert len(section.notes) == 1
+
+
+def test_among_the_metrics(run: RunDir) -> None:
+    commit(run, "benchmarks/arena/iteration-0-vs-sft/x", {}, arena("iteration-0", "sft", position_bias=None))
+    assert [(m.source, m.player, m.metric, m.value, m.low, m.count) for m in metrics(run)] == [
+        ("judge", "iteration-0", "arena/held-out/org/judge/against sft/win_rate", 0.75, 0.625, 10),
+        ("judge", "iteration-0", "arena/held-out/org/judge/against sft/length_controlled_win_rate", 0.5, 0.375, 10),
+    ]
+
+
+def test_a_result_that_is_broken_is_named(run: RunDir) -> None:
+    commit(run, "benchmarks/arena/iteration-0-vs-sft/x", {}, arena("iteration-0", "sft"))
+    (run.path / "benchmarks/arena/iteration-0-vs-sft/x/result.json").write_text("{")
+    with pytest.raises(UserError, match=r"x/result\.json: not what was committed"):
+        sections(run)
