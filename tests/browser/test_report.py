@@ -199,6 +199,20 @@ class TestFiltering:
             "b ▲ gained", "c ▼ lost", "f ▲ gained",
         ]  # fmt: skip
 
+    def test_the_list_shows_what_tells_prompts_apart(self, visit: Open, tmp_path: Path) -> None:
+        """Not what all begin with; but an only prompt, or one that is no more than that, from its beginning."""
+        for prompts, lines in (
+            (["Reverse: one two\nNow.", "Reverse: one three", "Reverse: four"], ["… one two", "… one three", "… four"]),
+            (["Say a", "Sing b"], ["Say a", "Sing b"]),
+            (["Only one here"], ["Only one here"]),
+            (["Go on", "Go on"], ["… on", "… on"]),
+            (["same", "same"], ["same", "same"]),
+        ):
+            path = tmp_path / str(len(list(tmp_path.iterdir())))
+            made = MadeRun(path).data([MadeExample(str(n), prompt) for n, prompt in enumerate(prompts)])
+            page = visit(html.write(made.run)).page
+            assert page.locator("#list .line").all_text_contents() == lines
+
 
 class TestGreedy:
     def test_where_not_everybody_gave_one_there_is_no_choice(self, visit: Open, verified: Path) -> None:

@@ -107,13 +107,13 @@ def _noise(beyond: bool) -> str:
 
 def _use(summary: Summary, best: str, start: str) -> str:
     outcome = summary.outcome(start)
+    if outcome.word == "better" and _control_is_better(summary):
+        return f"the control, which is better than {best}; of the iterations, {best}."
+    if outcome.word == "better":
+        return f"{best}." if outcome.beyond_noise else f"{best}, or {start}: the difference is within noise."
     if outcome.word == "worse" and outcome.beyond_noise:
         return f"{start}. No iteration is as good."
-    if _control_is_better(summary):
-        return f"the control, which is better than {best}; of the iterations, {best}."
-    if outcome.word == "better" and outcome.beyond_noise:
-        return f"{best}."
-    return f"{best} measures best of the iterations; nothing measured speaks against staying with {start}."
+    return f"{start}, where self-play started: no iteration measures better."
 
 
 def _control_is_better(summary: Summary) -> bool:
@@ -130,12 +130,10 @@ def _next(summary: Summary, path: Path, state: State, left: Sequence[str]) -> tu
     if state == "unfinished":
         return f"The run isn't finished: the command that started it goes on, at {left[0]}.", None
     export = f"spinlm export {shlex.quote(str(path))} OUT --merge"
-    if summary.best is not None and summary.start is not None:
-        outcome = summary.outcome(summary.start)
-        if outcome.word == "worse" and outcome.beyond_noise:
-            return (
-                "Read the warnings, then try a lower training.learning_rate or another beta, from what still holds "
-                "(spinlm run RECIPE --fork NEW_RUN). The best iteration can be had all the same:",
-                export,
-            )
-    return "Write the best iteration as a model of its own:", export
+    if summary.best is None or summary.start is None or summary.outcome(summary.start).word == "better":
+        return "Write the best iteration as a model of its own:", export
+    return (
+        "For a gain, read the warnings, or try other settings from what still holds (spinlm run RECIPE --fork "
+        "NEW_RUN), a lower training.learning_rate first. The best iteration can be had all the same:",
+        export,
+    )

@@ -51,12 +51,14 @@ def test_perhaps_better(tmp_path: Path) -> None:
     assert (found.tone, found.headline) == ("unsure", "Perhaps: iteration-0 is better than sft, but within noise.")
     assert found.reasons[0].endswith(": within noise.")
     assert len(found.reasons) == 1
-    assert found.use.startswith("iteration-0 measures best of the iterations; nothing measured speaks against")
+    assert found.use == "iteration-0, or sft: the difference is within noise."
+    assert found.next == "Write the best iteration as a model of its own:"
 
 
 def test_equal(tmp_path: Path) -> None:
     found = verdict(tmp_path, {"sft": 20, "iteration-0": 20})
     assert (found.tone, found.headline) == ("unsure", "No difference: iteration-0 measures the same as sft.")
+    assert found.use == "sft, where self-play started: no iteration measures better."
 
 
 def test_worse_within_noise(tmp_path: Path) -> None:
@@ -72,7 +74,7 @@ def test_worse_beyond_noise(tmp_path: Path) -> None:
     assert found.tone == "bad"
     assert found.headline == "No: even iteration-0, the best iteration, is worse than sft, beyond noise."
     assert found.use == "sft. No iteration is as good."
-    assert "lower training.learning_rate" in found.next
+    assert "a lower training.learning_rate first" in found.next
     assert found.command is not None
 
 

@@ -180,7 +180,23 @@ function shown(text) {
 
 const digits = (number) => String(Number(number.toPrecision(3))).replace("-", "−");
 
-const oneLine = (text) => shown(text.trim().split("\n", 1)[0].slice(0, 160));
+/** How many characters all of some texts begin with, up to the end of a word. */
+function commonBeginning(texts) {
+  const [first = "", ...others] = texts;
+  let end = others.length ? first.length : 0;
+  for (const text of others) {
+    let same = 0;
+    while (same < end && text[same] === first[same]) same++;
+    end = same;
+  }
+  return first.slice(0, end).search(/\S*$/u);
+}
+
+/** What tells a text from others that begin like it, on one line. */
+function oneLine(text, beginning) {
+  const rest = text.slice(beginning).trim() || text.trim();
+  return shown((beginning ? "… " : "") + rest.split("\n", 1)[0].slice(0, 160));
+}
 
 // --- differences ---
 
@@ -255,6 +271,7 @@ class Browser {
     this.data = data;
     this.visible = []; // places in data.rows, in the order shown
     this.chosen = null; // one of them
+    this.beginning = commonBeginning(data.rows.map((row) => row.prompt));
     for (const name of ["filter", "from", "to", "sort", "kind", "against", "search", "list", "detail", "count"])
       this[name] = byId(name);
   }
@@ -371,7 +388,7 @@ class Browser {
         ? null
         : element("span", { className: `chip ${gain > 0 ? "gained" : "lost"}`, textContent: gain > 0 ? "▲ gained" : "▼ lost" });
     const id = element("span", { className: "id" }, ...shown(row.id), " ");
-    const item = element("li", { id: `example-${place}` }, element("span", { className: "line", dir: "auto" }, ...oneLine(row.prompt)), id);
+    const item = element("li", { id: `example-${place}` }, element("span", { className: "line", dir: "auto" }, ...oneLine(row.prompt, this.beginning)), id);
     if (chip) item.append(chip);
     item.setAttribute("role", "option");
     item.setAttribute("aria-selected", "false");
