@@ -326,9 +326,9 @@ class RunDir:
             raise self._corrupt(path, found, record)
         return content
 
-    def committed_json(self, key: str) -> Any:
+    def committed_json(self, key: str, name: str = "") -> Any:
         """A committed JSON file; raises as `committed`."""
-        return json.loads(self.committed(key))
+        return json.loads(self.committed(key, name))
 
     def committed_rows(self, key: str, name: str = "") -> list[dict[str, Any]]:
         """The rows of a committed JSONL file; raises as `committed`."""

@@ -15,7 +15,7 @@ from spinlm.reporting.charts import OVERLAID, STYLES, differences_chart, overlai
 from spinlm.reporting.escape import plain
 from spinlm.reporting.html import Figure, render
 from spinlm.reporting.report import COLUMNS, with_interval
-from spinlm.reporting.summary import Outcome, Summary, Values, held_out_examples, is_iteration, summarise
+from spinlm.reporting.summary import Outcome, Summary, Values, is_iteration, read_examples, summarise
 from spinlm.reporting.tables import Table, outcome_words
 from spinlm.reporting.training_log import Row, committed_log, trained_players
 from spinlm.rundir import RunDir, write_text
@@ -59,7 +59,7 @@ class Side:
 
     def examples(self, measure: str) -> list[HeldOutExample]:
         """What that iteration makes of each held-out example."""
-        return held_out_examples(self.run, self.best(measure))
+        return read_examples(self.run, self.best(measure))
 
     def prompts(self) -> dict[str, tuple[str, str]]:
         """The held-out prompts and their real responses by their ids."""

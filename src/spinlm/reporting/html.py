@@ -30,7 +30,7 @@ from spinlm.reporting.escape import json_for_script, plain, visible
 from spinlm.reporting.metrics import write_metrics
 from spinlm.reporting.sections import sections
 from spinlm.reporting.status import status
-from spinlm.reporting.summary import Summary, held_out_examples, is_iteration, summarise
+from spinlm.reporting.summary import Summary, is_iteration, read_examples, summarise
 from spinlm.reporting.tables import (
     Table,
     differences_table,
@@ -81,7 +81,7 @@ def page(run: RunDir, running: bool = False) -> str:
     recipe, summary, stages = run.recipe(), summarise(run), status(run)
     found, left = diagnostics(run, recipe), [stage.name for stage in stages if not stage.is_done]
     state: State = "running" if running else "unfinished" if left else "finished"
-    examples = {player: held_out_examples(run, player) for player in summary.measures}
+    examples = {player: read_examples(run, player) for player in summary.measures}
     context = {
         "title": summary.title,
         "state": state,

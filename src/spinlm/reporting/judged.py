@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +62,7 @@ def judged_results(run: RunDir, keys: Sequence[str] | None = None) -> list[tuple
     """The results themselves, each with its benchmark's name; see `judged_tables`."""
     if keys is None:
         keys = [key for record in run.records() if _is_result(key := record["key"]) and _is_current(run, record)]
-    return [(key.split("/")[1], json.loads(run.committed(key, "result.json"))) for key in keys]
+    return [(key.split("/")[1], run.committed_json(key, "result.json")) for key in keys]
 
 
 def _arena_table(questions: str, judge: str, results: Sequence[Result]) -> JudgedTable:

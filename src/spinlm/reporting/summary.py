@@ -123,7 +123,7 @@ def iteration_of(name: str) -> int:
     return int(name.removeprefix("iteration-"))
 
 
-def held_out_examples(run: RunDir, player: str) -> list[HeldOutExample]:
+def read_examples(run: RunDir, player: str) -> list[HeldOutExample]:
     """What a player makes of each held-out example."""
     return [HeldOutExample.of(row) for row in run.committed_rows(f"evaluation/{player}/examples.jsonl")]
 
@@ -131,6 +131,6 @@ def held_out_examples(run: RunDir, player: str) -> list[HeldOutExample]:
 def _differences(run: RunDir, names: Iterable[str], best: str | None, by: str) -> dict[str, Values]:
     if best is None:
         return {}
-    mine = held_out_examples(run, best)
-    others = {name: held_out_examples(run, name) for name in names if name != best}
+    mine = read_examples(run, best)
+    others = {name: read_examples(run, name) for name in names if name != best}
     return {name: asdict(difference(mine, theirs, by)) for name, theirs in others.items()}

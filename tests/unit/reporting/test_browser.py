@@ -13,7 +13,7 @@ import pytest
 from made_run import Made, MadeExample, MadeRun
 from spinlm.reporting import browser as module
 from spinlm.reporting.browser import Browser, browser
-from spinlm.reporting.summary import held_out_examples, summarise
+from spinlm.reporting.summary import read_examples, summarise
 
 
 def data(found: Browser | None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def made(path: Path, *examples: MadeExample) -> MadeRun:
 
 def shown(run: MadeRun, room: int = 1_000_000) -> Browser | None:
     summary = summarise(run.run)
-    return browser(run.run, summary, {name: held_out_examples(run.run, name) for name in summary.measures}, room)
+    return browser(run.run, summary, {name: read_examples(run.run, name) for name in summary.measures}, room)
 
 
 def test_every_number_of_an_example(tmp_path: Path) -> None:
