@@ -29,6 +29,19 @@ def violations(page: Any) -> list[str]:
     ]
 
 
+def empty_plots(page: Any) -> list[str]:
+    """Those in which there is no point, line or area to be seen."""
+    return list(
+        page.evaluate(
+            """() => {
+              const isSeen = (path) => getComputedStyle(path).opacity > 0 && path.getTotalLength() > 0;
+              const isEmpty = (plot) => ![...plot.querySelectorAll(".role-mark path")].some(isSeen);
+              return [...document.querySelectorAll(".plot")].filter(isEmpty).map((plot) => plot.ariaLabel);
+            }"""
+        )
+    )
+
+
 def shown_ids(page: Any) -> list[str]:
     return [text.strip() for text in page.locator("#list .id").all_text_contents()]
 
@@ -44,6 +57,7 @@ class TestShowing:
     ) -> None:
         page = visit(report, "drawn", viewport={"width": width, "height": 800}, color_scheme=scheme).page
         assert page.locator(".plot").count() == page.locator(".plot svg").count() == 1 + 8 + 6 + 2 + 3
+        assert empty_plots(page) == []
         assert page.evaluate("document.documentElement.scrollWidth") == width
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -54,8 +68,29 @@ class TestShowing:
     def test_a_comparison(self, visit: Open, comparison: Path, scheme: str) -> None:
         page = visit(comparison, "drawn", color_scheme=scheme, viewport={"width": 390, "height": 800}).page
         assert page.locator(".plot svg").count() == 1 + 8 + 6
+        assert empty_plots(page) == []
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         assert violations(page) == []
+
+    def test_trainings_of_a_single_row(self, visit: Open, tmp_path: Path) -> None:
+        made = plausible(tmp_path / "a", examples=4, iterations=1, words=3, steps=1)
+        page = visit(html.write(made.run), "drawn").page
+        assert page.locator("#training .plot svg").count() == 6 + 2
+        assert empty_plots(page) == []
+        other = plausible(tmp_path / "b", examples=4, iterations=1, words=3, steps=1, seed=1)
+        assert empty_plots(visit(write_comparison([made.run, other.run], tmp_path / "c.html"), "drawn").page) == []
+
+    def test_a_player_that_has_diverged(self, visit: Open, tmp_path: Path) -> None:
+        """Its numbers aren't any: what there is is drawn, and its examples are shown."""
+        made = MadeRun(tmp_path / "run", {"iterations": 1}).data([MadeExample(name) for name in "ab"])
+        nan = float("nan")
+        made.player("base", [Made()] * 2)
+        made.player("iteration-0", [Made("of the diverged", real_logprob=nan, logprob=nan, margin=nan)] * 2)
+        page = visit(html.write(made.run), "drawn").page
+        assert "of the diverged" in page.locator("#detail").inner_text()
+        assert "real response not finite nats a token · margin not finite" in page.locator("#detail").inner_text()
+        assert not [words for words in empty_plots(page) if "nan" not in words]
+        assert page.locator("#list .chip").count() == 0
 
     def test_a_running_run(self, visit: Open, running: MadeRun) -> None:
         assert violations(visit(running.path / "report.html", "drawn").page) == []
@@ -165,6 +200,22 @@ class TestFiltering:
         assert shown_ids(page) == ["a"]
         page.locator("#filter").select_option(label="lost: the real response is less likely")
         assert shown_ids(page) == ["b"]
+
+    def test_an_example_without_a_verifier_is_neither_gained_nor_lost(self, visit: Open, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run").data([MadeExample(name) for name in "abcd"])
+        before = Made("s", None, -90.0, greedy="g")
+        made.player("base", [before, _judged(False), _judged(True), before])
+        after = Made("s", None, -1.0, greedy="g")
+        made.player("iteration-0", [after, _judged(True), _judged(False), after])
+        page = visit(html.write(made.run)).page
+        for kind in ("sampled", "greedy"):
+            page.locator("#kind").select_option(kind)
+            for shown, ids in (("gained", "b"), ("lost", "c"), ("right", "b"), ("wrong", "c"), ("all", "abcd")):
+                page.locator("#filter").select_option(shown)
+                assert shown_ids(page) == list(ids), (kind, shown)
+            for order, ids in (("gain", "bcad"), ("loss", "cbad"), ("data", "abcd")):
+                page.locator("#sort").select_option(order)
+                assert shown_ids(page) == list(ids), (kind, order)
 
     def test_search_is_in_all_texts(self, visit: Open, verified: Path) -> None:
         page = visit(verified).page

@@ -6,6 +6,7 @@ import base64
 import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Any, Literal
 
 from spinlm.evaluation.measures import HeldOutExample
@@ -29,7 +30,7 @@ class Browser:
 
     Attributes:
         encoding: `json`, or `gzip` for JSON that is packed and in base64.
-        data: In that encoding: `players`, `start` and `best` among them, whether responses are `verified`, and `rows`.
+        data: In that encoding: `players`, `start` and `best` among them, whether any response is `verified`, and `rows`.
         shown: How many examples are in it.
         total: How many are held out.
     """
@@ -57,8 +58,8 @@ def browser(run: RunDir, summary: Summary, judged: Mapping[str, Sequence[HeldOut
     if not summary.held_out:
         return None
     examples = run.committed_rows("data", "held_out.jsonl")
-    rows = _rows(examples, judged, {player: _texts(run, player) for player in judged})
     verified = any(answer.correct is not None for of in judged.values() for e in of for answer in e.sampled)
+    rows = _rows(examples, judged, {player: _texts(run, player) for player in judged}, verified)
     about = {
         "players": list(judged),
         "start": summary.start,
@@ -66,23 +67,34 @@ def browser(run: RunDir, summary: Summary, judged: Mapping[str, Sequence[HeldOut
         "greedy": all("greedy" in of_player for row in rows for of_player in row["players"].values()),
         "verified": verified,
     }
-    places = _most_telling(judged, summary, len(rows))
+    places = _most_telling(judged, summary, len(rows), verified)
     return _packed(about, rows, places, room)
 
 
-def outcome(example: HeldOutExample) -> float:
-    """What an example is won or lost by: the share of right sampled responses; without a verifier, how likely the real
-    one is, in nats a token."""
+def outcome(example: HeldOutExample, verified: bool) -> float | None:
+    """What an example is won or lost by: the share of right sampled responses; in a run without any verifier, how
+    likely the real one is, in nats a token. None for an example that has no verifier in a run that has some."""
+    if not verified:
+        return example.real_logprob / example.real_tokens
     judged = [answer.correct for answer in example.sampled if answer.correct is not None]
-    return sum(judged) / len(judged) if judged else example.real_logprob / example.real_tokens
+    return sum(judged) / len(judged) if judged else None
 
 
-def _most_telling(judged: Mapping[str, Sequence[HeldOutExample]], summary: Summary, count: int) -> list[int]:
+def _change(before: float | None, after: float | None) -> float:
+    """How much an outcome has changed: endlessly where one isn't finite, and least where there is none."""
+    if before is None or after is None:
+        return -1.0
+    return abs(after - before) if isfinite(after - before) else inf
+
+
+def _most_telling(
+    judged: Mapping[str, Sequence[HeldOutExample]], summary: Summary, count: int, verified: bool
+) -> list[int]:
     """The examples' places, those first whose outcome has changed most."""
     if summary.start is None or summary.best is None:
         return list(range(count))
     before, after = judged[summary.start], judged[summary.best]
-    changes = [abs(outcome(b) - outcome(a)) for a, b in zip(before, after, strict=True)]
+    changes = [_change(outcome(a, verified), outcome(b, verified)) for a, b in zip(before, after, strict=True)]
     return sorted(range(count), key=lambda place: -changes[place])
 
 
@@ -91,9 +103,10 @@ def _packed(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], places:
     count = min(len(rows), EXAMPLES_SHOWN)
     while True:
         content = json_for_script({**about, "rows": [rows[place] for place in sorted(places[:count])]})
-        if len(content) <= PLAIN_BYTES:
+        encoded = content.encode()
+        if len(encoded) <= min(PLAIN_BYTES, room):
             return Browser("json", content, count, len(rows))
-        packed = base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
+        packed = base64.b64encode(gzip.compress(encoded, mtime=0)).decode()
         if len(packed) <= room or count == 1:
             return Browser("gzip", packed, count, len(rows))
         count = max(1, int(count * 0.98 * room / len(packed)))
@@ -103,6 +116,7 @@ def _rows(
     examples: Sequence[Mapping[str, Any]],
     judged: Mapping[str, Sequence[HeldOutExample]],
     texts: Mapping[str, Sequence[tuple[list[str], list[Cell]]]],
+    verified: bool,
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -110,20 +124,24 @@ def _rows(
             "prompt": _short(example["prompt"]),
             "real": _short(example["real"]),
             "tokens": len(example["real_ids"]),
-            "players": {player: _of_player(judged[player][place], *texts[player][place]) for player in judged},
+            "players": {
+                player: _of_player(judged[player][place], *texts[player][place], verified) for player in judged
+            },
         }
         for place, example in enumerate(examples)
     ]
 
 
-def _of_player(example: HeldOutExample, sampled: Sequence[str], greedy: Sequence[Cell]) -> dict[str, Any]:
+def _of_player(
+    example: HeldOutExample, sampled: Sequence[str], greedy: Sequence[Cell], verified: bool
+) -> dict[str, Any]:
     cells = [
         [_short(text), answer.tokens, answer.truncated, answer.correct]
         for text, answer in zip(sampled, example.sampled, strict=True)
     ]
     found: dict[str, Any] = {
         "sampled": cells,
-        "outcome": round(outcome(example), 5),
+        "outcome": _rounded(outcome(example, verified)),
         "real": round(example.real_logprob / example.real_tokens, 4),
     }
     if greedy:
@@ -131,6 +149,10 @@ def _of_player(example: HeldOutExample, sampled: Sequence[str], greedy: Sequence
     if example.margins:
         found["margin"] = round(sum(example.margins) / len(example.margins), 4)
     return found
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)
 
 
 def _texts(run: RunDir, player: str) -> list[tuple[list[str], list[Cell]]]:

@@ -7,6 +7,7 @@ series also differ by dash and mark. Charts are as wide as their place on the pa
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,10 +76,11 @@ def differences_chart(summary: Summary) -> Chart:
         {"player": other, **_ends(change), "says": outcome_words(summary, other), "text": with_interval(change, True)}
         for other, change in summary.differences.items()
     ]
+    drawn = [row for row in rows if math.isfinite(row["value"])]
     better = "higher" if summary.higher_is_better else "lower"
     title = f"{summary.best} minus the other: {COLUMNS[summary.select_by]} ({better} is better)"
     words = "; ".join(f"{row['player']}: {row['text']}, {row['says']}" for row in rows)
-    data = {"players": rows, "zero": [{"value": 0}]}
+    data = {"players": drawn, "zero": [{"value": 0}]}
     return _chart(title, words, _differences_layers(), data, height=36 * len(rows) + 10)
 
 
@@ -114,6 +116,7 @@ def _curve(summary: Summary, name: str, path: Sequence[str]) -> Chart:
     rows = {
         player: {"x": _place(player), "player": player, **_ends(values), "text": with_interval(values)}
         for player, values in measured.items()
+        if math.isfinite(values["value"])
     }
     data = {
         "path": [rows[player] for player in path if player in rows],
@@ -156,6 +159,7 @@ def overlaid_curves(summaries: Mapping[str, Summary]) -> list[Chart]:
             for run, players in played.items()
             for player in players
             if player is not None and (values := summaries[run].measures[player].get(name))
+            if math.isfinite(values["value"])
         ]
         if rows:
             words = "; ".join(f"{row['run']}, {row['player']}: {row['text']}" for row in rows)
@@ -189,7 +193,8 @@ def overlaid_training(logs: Mapping[str, Mapping[str, Sequence[Row]]]) -> list[C
                 f"{run} ends at {[row['value'] for row in rows if row['run'] == run][-1]:.4g}"
                 for run in dict.fromkeys(row["run"] for row in rows)
             )
-            charts.append(_chart(title, words, _overlaid_layers(tuple(logs), ()), {"path": rows}))
+            data = {"path": rows, "alone": _alone(rows, "run")}
+            charts.append(_chart(title, words, _overlaid_layers(tuple(logs), ()), data))
     return charts
 
 
@@ -206,8 +211,10 @@ def _overlaid_layers(runs: tuple[str, ...], places: tuple[str, ...]) -> Drawing:
         tooltip = [_tip("run:N"), _tip("player:N"), _tip("x:Q", "step"), _tip("value:Q", format=".4g")]
         points = _of("path").mark_point(filled=True, size=60, opacity=0)
         detail = alt.Detail("player:N")
+        alone = _of("alone").mark_point(filled=True, size=60, opacity=1)
         return alt.layer(
             lines.encode(x=x, y=y, color=color, strokeDash=dash, detail=detail),
+            alone.encode(x=x, y=y, color=color),
             points.encode(x=x, y=y, tooltip=tooltip),
         )
     band = alt.Scale(domain=list(places), paddingInner=0.7, paddingOuter=0.35)
@@ -290,6 +297,7 @@ def _training_chart(panel: _Panel, logs: Mapping[str, Sequence[Row]], starts: Ma
     )
     data = {
         "log": rows,
+        "alone": _alone(rows, "of"),
         "line": [] if panel.line is None else [{"value": panel.line}],
         "starts": [{"x": start, "name": _short(player, starts)} for player, start in starts.items() if len(starts) > 1],
     }
@@ -304,6 +312,7 @@ def _training_layers(names: tuple[str, ...]) -> Drawing:
     x = alt.X("x:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, tickCount=6))
     y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = [_tip("player:N"), _tip("step:Q"), _tip("of:N", " "), _tip("value:Q", format=".4g")]
+    color = alt.Color("of:N", scale=scale, legend=legend)
     label = _of("starts").mark_text(align="left", baseline="bottom", fontSize=11, color="var(--muted)")
     return alt.layer(
         _of("line").mark_rule(strokeDash=DOTTED, color="var(--muted)").encode(y=alt.Y("value:Q")),
@@ -314,12 +323,19 @@ def _training_layers(names: tuple[str, ...]) -> Drawing:
         .encode(
             x=x,
             y=y,
-            color=alt.Color("of:N", scale=scale, legend=legend),
+            color=color,
             strokeDash=alt.StrokeDash("of:N", scale=dashes, legend=legend),
             detail=alt.Detail("player:N"),
         ),
+        _of("alone").mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=color),
         _of("log").mark_point(filled=True, size=60, opacity=0).encode(x=x, y=y, tooltip=tooltip),
     )
+
+
+def _alone(rows: Sequence[Record], of: str) -> list[Record]:
+    """The rows that are all there is of a player's curve: there is no line through a single one."""
+    counts = Counter((row[of], row["player"]) for row in rows)
+    return [row for row in rows if counts[row[of], row["player"]] == 1]
 
 
 def _short(player: str, players: Collection[str]) -> str:

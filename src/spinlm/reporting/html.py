@@ -10,8 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def page(run: RunDir, running: bool = False) -> str:
         "artifacts": _artifacts(run),
     }
     template = "report.html.jinja"
-    room = PAGE_BYTES - FRAME_BYTES - len(render(template, **context, browser=None).encode())
+    without_library = render(template, **context, browser=None, library="").encode()
+    room = PAGE_BYTES - FRAME_BYTES - len(without_library) - len(plotting_library().encode())
     return render(template, **context, browser=browser(run, summary, examples, room))
 
 
@@ -209,15 +211,15 @@ def _differences(summary: Summary) -> Figure | None:
 def _distributions(examples: Mapping[str, Sequence[HeldOutExample]]) -> Figure | None:
     if not examples:
         return None
-    lengths = {p: [float(a.tokens) for e in of for a in e.sampled] for p, of in examples.items()}
-    real_lengths = {p: [float(e.real_tokens) for e in of] for p, of in examples.items()}
-    own = {p: [a.logprob / a.tokens for e in of for a in e.sampled if a.tokens] for p, of in examples.items()}
-    real = {p: [e.real_logprob / e.real_tokens for e in of] for p, of in examples.items()}
-    margins = {p: values for p, of in examples.items() if (values := [m for e in of for m in e.margins])}
-    charts = [
-        distributions("Response length, tokens", lengths, real_lengths),
-        distributions("Log-prob a token, nats", own, real),
-    ]
+    each = partial(_finite_values, examples)
+    lengths = each(lambda e: [float(answer.tokens) for answer in e.sampled])
+    real_lengths = each(lambda e: [float(e.real_tokens)])
+    own = each(lambda e: [answer.logprob / answer.tokens for answer in e.sampled if answer.tokens])
+    real = each(lambda e: [e.real_logprob / e.real_tokens])
+    margins = {player: values for player, values in each(lambda e: e.margins).items() if values}
+    charts = [distributions("Response length, tokens", lengths, real_lengths)]
+    if any(own.values()):
+        charts.append(distributions("Log-prob a token, nats", own, real))
     tables = [
         quantiles_table("Response length, tokens", {"real": next(iter(real_lengths.values())), **lengths}),
         quantiles_table("Log-prob a token of a player's own responses", own),
@@ -227,6 +229,16 @@ def _distributions(examples: Mapping[str, Sequence[HeldOutExample]]) -> Figure |
         charts.append(distributions("Margin of the real response over a fresh one of the opponent", margins, {}))
         tables.append(quantiles_table("Margin", margins))
     return Figure(charts, tables)
+
+
+def _finite_values(
+    examples: Mapping[str, Sequence[HeldOutExample]], of: Callable[[HeldOutExample], Sequence[float]]
+) -> dict[str, list[float]]:
+    """Each player's; one that has diverged may have none."""
+    return {
+        player: [value for example in of_player for value in of(example) if isfinite(value)]
+        for player, of_player in examples.items()
+    }
 
 
 def _facts(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
@@ -289,9 +301,8 @@ def render(template: str, **context: Any) -> str:
         _environment()
         .get_template(template)
         .render(
-            context,
+            {"library": Markup(plotting_library()), **context},
             policy=content_security_policy(),
-            library=Markup(plotting_library()),
             script=Markup(_own_script()),
             style=Markup(_asset("report.css")),
             refresh_seconds=REFRESH_SECONDS,

@@ -115,3 +115,32 @@ def test_what_there_is_no_room_for_is_left_out(tmp_path: Path, monkeypatch: pyte
     assert 5 < found.shown < 90
     assert len(found.data) <= 4_000
     assert len(data(found)["rows"]) == found.shown
+
+
+def test_an_example_without_a_verifier_among_others_with_one_has_no_outcome(tmp_path: Path) -> None:
+    """It is neither gained nor lost, however much likelier its real response has become."""
+    run = made(tmp_path, MadeExample("a", tokens=10), MadeExample("b", tokens=10))
+    run.player("sft", [Made(right=None, real_logprob=-90.0), Made(right=False)])
+    run.player("iteration-0", [Made(right=None, real_logprob=-1.0), Made(right=True)])
+    first, second = data(shown(run))["rows"]
+    assert [first["players"][player]["outcome"] for player in ("sft", "iteration-0")] == [None, None]
+    assert [second["players"][player]["outcome"] for player in ("sft", "iteration-0")] == [0.0, 1.0]
+
+
+def test_those_that_have_diverged_are_shown_first_and_those_without_an_outcome_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = made(tmp_path, *(MadeExample(name, tokens=10) for name in "abc"))
+    run.player("sft", [Made(real_logprob=-10.0)] * 3)
+    run.player("iteration-0", [Made(real_logprob=value) for value in (-10.0, -90.0, float("nan"))])
+    monkeypatch.setattr(module, "EXAMPLES_SHOWN", 1)
+    (row,) = data(shown(run))["rows"]
+    assert (row["id"], row["players"]["iteration-0"]["outcome"]) == ("c", None)
+
+
+@pytest.mark.parametrize("text", ["\U0001f642" * 400, "é" * 400])
+def test_room_is_of_bytes_and_kept_by_what_is_not_packed_too(tmp_path: Path, text: str) -> None:
+    found = shown(made(tmp_path, *(MadeExample(f"e{n}", text) for n in range(90))), room=60_000)
+    assert found is not None
+    assert len(found.data.encode()) <= 60_000
+    assert found.shown == 90

@@ -89,6 +89,19 @@ class TestCurves:
         assert data(nll, "base", "value") == []
 
 
+def test_what_is_not_finite_is_not_drawn_but_said() -> None:
+    """As of a player that has diverged."""
+    diverged = measured(math.nan, math.nan, math.nan)
+    measures = {**MEASURES, "iteration-0": {"real_nll": diverged}, "control": {"real_nll": diverged}}
+    summary = Summary("run", measures, "real_nll", "iteration-1", {**DIFFERENCES, "iteration-0": diverged})
+    (nll, _) = curves(summary)
+    assert data(nll, "path", "player") == ["sft", "iteration-1"]
+    assert data(nll, "control", "player") == []
+    assert "iteration-0: nan" in nll.description
+    assert data(differences_chart(summary), "players", "player") == ["base", "sft", "control"]
+    assert data(overlaid_curves({"a": summary})[0], "path", "player") == ["sft", "iteration-1"]
+
+
 def test_the_differences_say_what_they_come_to() -> None:
     chart = differences_chart(SUMMARY)
     assert chart.title == "iteration-1 minus the other: real NLL a token (lower is better)"
@@ -126,6 +139,15 @@ class TestTraining:
         (loss,) = training_curves({"iteration-0": log, "iteration-1": log})
         assert len(loss.spec["datasets"]["log"]) == POINTS
         assert loss.spec["datasets"]["log"][-1]["x"] == 10000
+
+    def test_a_curve_of_a_single_row_has_a_mark(self) -> None:
+        """A line through one point can't be seen."""
+        log = {"iteration-0": [{"step": 1, "loss": 0.7}], "iteration-1": LOGS["iteration-1"]}
+        (loss, _) = training_curves(log)
+        assert data(loss, "alone", "player", "value") == [("iteration-0", 0.7)]
+        (loss, _) = overlaid_training({"a": log, "b": {"iteration-1": [{"step": 3, "loss": 0.5}]}})
+        assert data(loss, "alone", "run", "player") == [("a", "iteration-0"), ("b", "iteration-1")]
+        assert "alone" not in layers(training_curves({"iteration-1": LOGS["iteration-1"]})[0])
 
     def test_supervised_trainings_have_a_chart_each(self) -> None:
         charts = supervised_curves({"sft": [{"step": 1, "loss": 2.0}], "control": [{"step": 1, "loss": 1.0}]})

@@ -177,6 +177,26 @@ class TestOfItself:
         if found:
             assert int(found[1]) > 600
 
+    def test_emoji_are_counted_in_bytes(self, tmp_path: Path) -> None:
+        """Few examples, whose characters are four bytes each and can't be packed: more than 5 MB in all."""
+        draw = random.Random(0)
+        made = MadeRun(tmp_path / "run", {"sft": {}, "iterations": 10, "evaluation": {"control": True}})
+        made.data([MadeExample(f"e{n}") for n in range(60)])
+        for player in ("base", "sft", *(f"iteration-{t}" for t in range(10)), "control"):
+            made.player(
+                player, [Made("".join(chr(0x1F300 + draw.randrange(700)) for _ in range(1250))) for _ in range(60)]
+            )
+        assert write(made.run).stat().st_size < 5_000_000
+
+    def test_a_player_that_has_diverged(self, tmp_path: Path) -> None:
+        """Whose numbers aren't numbers: the page is made, and says so."""
+        made = MadeRun(tmp_path / "run", {"iterations": 1}).data(EXAMPLES).player("base", [Made(margin=1.0)] * 4)
+        nan = float("nan")
+        made.player("iteration-0", [Made(real_logprob=nan, margin=nan, logprob=nan)] * 4)
+        made.training("iteration-0", [{"step": 1, "loss": nan, "grad_norm": float("inf")}])
+        made.diagnostics(0, {"drift": nan})
+        assert "nan [nan, nan]" in page(made.run).replace("<small>", " ").replace("</small>", "")
+
     def test_texts_that_no_encoding_holds(self, tmp_path: Path) -> None:
         made = MadeRun(tmp_path / "run").data([MadeExample("\ud800", "\udfff", "\x00")])
         made.player("base", [Made("\ud83d")])

@@ -178,7 +178,8 @@ function shown(text) {
   return nodes;
 }
 
-const digits = (number) => String(Number(number.toPrecision(3))).replace("-", "−");
+/** A number as it is said; of a player that has diverged, it may be none. */
+const digits = (number) => number === null ? "not finite" : String(Number(number.toPrecision(3))).replace("-", "−");
 
 /** How many characters all of some texts begin with, up to the end of a word. */
 function commonBeginning(texts) {
@@ -280,11 +281,16 @@ class Browser {
 
   outcome(row, player) {
     const of = row.players[player];
-    return this.kind.value === "greedy" && this.data.verified ? Number(of.greedy[0][3]) : of.outcome;
+    if (this.kind.value !== "greedy" || !this.data.verified) return of.outcome;
+    const right = of.greedy[0][3];
+    return right === null ? null : Number(right);
   }
 
+  /** By how much one did better than the other; null where that isn't known. */
   gain(row) {
-    return this.data.players.length ? this.outcome(row, this.to.value) - this.outcome(row, this.from.value) : 0;
+    if (!this.data.players.length) return null;
+    const [after, before] = [this.to, this.from].map(({ value }) => this.outcome(row, value));
+    return after === null || before === null ? null : after - before;
   }
 
   responses(row, player) {
@@ -296,10 +302,10 @@ class Browser {
     const of = (row) => this.responses(row, this.to.value);
     return {
       all: ["all", () => true],
-      gained: [verified ? "gained: right more often" : "gained: the real response is likelier", (row) => this.gain(row) > 0],
-      lost: [verified ? "lost: right less often" : "lost: the real response is less likely", (row) => this.gain(row) < 0],
+      gained: [verified ? "gained: right more often" : "gained: the real response is likelier", (row) => (this.gain(row) ?? 0) > 0],
+      lost: [verified ? "lost: right less often" : "lost: the real response is less likely", (row) => (this.gain(row) ?? 0) < 0],
       ...(verified && {
-        right: ["right", (row) => of(row).length > 0 && of(row).every((cell) => cell[3])],
+        right: ["right", (row) => of(row).length > 0 && of(row).every((cell) => cell[3] === true)],
         wrong: ["wrong", (row) => of(row).some((cell) => cell[3] === false)],
       }),
       cut: ["cut at the cap", (row) => of(row).some((cell) => cell[2])],
@@ -312,8 +318,8 @@ class Browser {
     const margin = (row) => row.players[this.to.value]?.margin;
     return {
       data: ["their order in the data", () => 0],
-      gain: ["largest gain", (row) => -this.gain(row)],
-      loss: ["largest loss", (row) => this.gain(row)],
+      gain: ["largest gain", (row) => -(this.gain(row) ?? -Infinity)],
+      loss: ["largest loss", (row) => this.gain(row) ?? Infinity],
       longest: ["longest response", (row) => -longest(row)],
       margin: ["largest margin", (row) => -(margin(row) ?? -Infinity)],
       smallest: ["smallest margin", (row) => margin(row) ?? Infinity],
@@ -384,7 +390,7 @@ class Browser {
     const row = this.data.rows[place];
     const gain = this.gain(row);
     const chip =
-      gain === 0
+      gain === 0 || gain === null
         ? null
         : element("span", { className: `chip ${gain > 0 ? "gained" : "lost"}`, textContent: gain > 0 ? "▲ gained" : "▼ lost" });
     const id = element("span", { className: "id" }, ...shown(row.id), " ");
