@@ -366,7 +366,7 @@ class TestDifferences:
         assert self.marked(page) == [[], ["狗"], []]
 
     def test_by_an_independent_implementation(self, page: Any) -> None:
-        """As many tokens are kept as difflib's exact matches can't be fewer than, and the kept ones are in both."""
+        """As many tokens are kept as the textbook's recursion finds, and the kept ones are in both, in this order."""
         import random
 
         draw = random.Random(5)
@@ -378,12 +378,40 @@ class TestDifferences:
             rest = iter(theirs)
             assert all(token in rest for token in kept)
 
+    def test_long_texts_that_differ_at_both_ends(self, page: Any) -> None:
+        """Neither beginning nor end is common, and a table of all pairs of their tokens would have 49 million cells."""
+        middle = " ".join(f"word{n % 97}" for n in range(3500))
+        differs = page.evaluate(
+            "([mine, theirs]) => differing(tokensOf(mine), tokensOf(theirs))",
+            [f"one {middle} two", f"three {middle} four"],
+        )
+        assert [place for place, is_new in enumerate(differs) if is_new] == [0, len(differs) - 1]
+
+    def test_a_short_text_and_a_long_one(self, page: Any) -> None:
+        differs = page.evaluate("differing(['x', 'y'], ['a', ...Array(9000).fill('b'), 'y', 'c'])")
+        assert differs == [True, False]
+
+    def test_texts_that_have_nothing_in_common_are_not_marked_from_end_to_end(
+        self, visit: Open, tmp_path: Path
+    ) -> None:
+        made = MadeRun(tmp_path / "run").data([MadeExample("a", real="狗" * 9000)])
+        made.player("base", [Made("猫" * 9000)]).player("iteration-0", [Made("猫" * 8999 + "狗")])
+        page = visit(html.write(made.run)).page
+        assert page.locator(".response mark").count() == 0
+        assert page.locator(".facts-line").all_inner_texts()[1].endswith("differs too much to be marked")
+        page.locator("#against").select_option("before")
+        assert self.marked(page) == [[], [], ["狗"]]
+
+    def test_what_is_joined_stays_together(self, visit: Open, tmp_path: Path) -> None:
+        """And other ends of lines are no difference."""
+        made = MadeRun(tmp_path / "run").data([MadeExample("a", real="he is 👩\u200d🚀\nمی\u200cخواهم")])
+        made.player("base", [Made("he is 👩\u200d🔬\r\nمی\u200cخواند")])
+        page = visit(html.write(made.run)).page
+        assert self.marked(page) == [[], ["👩\u200d🔬\nمی\u200cخواند"]]
+        assert page.locator(".unseen").count() == 0
+
 
 def _longest_common_subsequence(mine: list[str], theirs: list[str]) -> int:
-    if not mine or not theirs:
-        return 0
-    if mine[0] == theirs[0]:
-        return 1 + _longest_common_subsequence(mine[1:], theirs[1:])
     row = [0] * (len(theirs) + 1)
     for a in mine:
         before = row[:]
@@ -470,11 +498,14 @@ class TestHostileTexts:
 
     def test_a_text_of_a_megabyte(self, visit: Open, tmp_path: Path) -> None:
         made = MadeRun(tmp_path / "run").data([MadeExample("a", "word " * 200_000, "real " * 200_000)])
-        for player in ("base", "iteration-0"):
-            made.player(player, [Made(f"{player} " * 100_000)])
+        made.player("base", [Made("base " * 200_000)]).player("iteration-0", [Made("real " * 199_999 + "unreal ")])
         page = visit(html.write(made.run)).page
         assert len(page.locator(".prompt").text_content()) < 21_000
         assert "more characters are in the run directory" in page.locator(".prompt").text_content()
+        assert all(len(text) < 21_000 for text in page.locator(".response .text").all_text_contents())
+        assert page.locator(".response mark").count() < 10
+        assert "differs too much to be marked" in page.locator(".facts-line").nth(1).inner_text()
+        assert "differs" not in page.locator(".facts-line").nth(2).inner_text()
 
 
 def until_it_reloads(page: Any) -> None:

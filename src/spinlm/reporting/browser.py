@@ -30,7 +30,7 @@ class Browser:
 
     Attributes:
         encoding: `json`, or `gzip` for JSON that is packed and in base64.
-        data: In that encoding: `players`, `start` and `best` among them, whether any response is `verified`, and `rows`.
+        data: In that encoding: `players`, `start` and `best` among them, whether any is `verified`, and `rows`.
         shown: How many examples are in it.
         total: How many are held out.
     """

@@ -11,9 +11,16 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+_JOINED = (
+    "[\u0590-\u1cff\ua800-\uabff\ufb1d-\ufdff\ufe70-\ufefc\U00010a00-\U00011fff"  # Hebrew, Arabic, Indic and so on
+    "\u2190-\u2bff\ufe0f\U0001f000-\U0001faff]"  # emoji
+)
+"""Characters after which a joiner or a non-joiner (U+200D, U+200C) is a part of how they are written."""
+
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, but for tab and newline
-    "\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible and direction-changing
+    f"\r(?!\n)|(?<!{_JOINED})[\u200c\u200d]|"
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters, but for tab and newline
+    "\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible and direction-changing
     "\ud800-\udfff"  # lone surrogates, which UTF-8 can't hold
     "\U000e0000-\U000e007f]"  # tags
 )
@@ -46,13 +53,18 @@ def visible(text: object) -> Markup:
     if isinstance(text, Markup):
         return text
     shown, end = Markup(""), 0
-    content = str(text)
+    content = str(text).replace("\r\n", "\n")
     for found in _UNSEEN.finditer(content):
         shown += escape(content[end : found.start()]) + Markup('<span class="unseen" title="{}">{}</span>').format(
             unicodedata.name(found[0], "control character").lower(), _code(found[0])
         )
         end = found.end()
     return shown + escape(content[end:])
+
+
+def with_code(text: object) -> Markup:
+    """The same, with what stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(visible(text))))
 
 
 def _code(character: str) -> str:

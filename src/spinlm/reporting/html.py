@@ -27,7 +27,7 @@ from spinlm.evaluation.measures import HeldOutExample
 from spinlm.reporting.browser import browser
 from spinlm.reporting.charts import Chart, curves, differences_chart, distributions, supervised_curves, training_curves
 from spinlm.reporting.diagnostics import diagnostics, stopped
-from spinlm.reporting.escape import json_for_script, plain, visible
+from spinlm.reporting.escape import json_for_script, plain, visible, with_code
 from spinlm.reporting.metrics import write_metrics
 from spinlm.reporting.sections import sections
 from spinlm.reporting.status import status
@@ -322,6 +322,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = plain
+    environment.filters["with_code"] = with_code
     environment.filters["on_two_lines"] = _on_two_lines
     environment.filters["json"] = lambda value: Markup(json_for_script(value))
     return environment

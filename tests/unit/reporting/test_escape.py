@@ -5,7 +5,7 @@ import json
 import pytest
 from markupsafe import Markup
 
-from spinlm.reporting.escape import json_for_script, plain, visible
+from spinlm.reporting.escape import json_for_script, plain, visible, with_code
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -43,6 +43,13 @@ def test_numbers_that_json_does_not_know_are_null() -> None:
         ("\u200b<", '<span class="unseen" title="zero width space">U+200B</span>&lt;'),
         ("\ud800", '<span class="unseen" title="control character">U+D800</span>'),
         ("\U000e0041", '<span class="unseen" title="tag latin capital letter a">U+E0041</span>'),
+        ("می\u200cخواهم", "می\u200cخواهم"),  # Persian: a non-joiner within a word
+        ("क्\u200dष", "क्\u200dष"),  # Devanagari: a joiner after a virama
+        ("👩\u200d🚀 ❤\ufe0f\u200d🔥", "👩\u200d🚀 ❤\ufe0f\u200d🔥"),
+        ("a\u200db", 'a<span class="unseen" title="zero width joiner">U+200D</span>b'),
+        ("ب\u200c\u200c", 'ب\u200c<span class="unseen" title="zero width non-joiner">U+200C</span>'),
+        ("of\r\nWindows", "of\nWindows"),
+        ("over\rwritten", 'over<span class="unseen" title="control character">U+000D</span>written'),
         (3, "3"),
     ],
 )
@@ -52,6 +59,13 @@ def test_visible(text: object, html: str) -> None:
 
 def test_visible_leaves_markup_of_our_own() -> None:
     assert visible(Markup("<b>\u200b")) == "<b>\u200b"
+
+
+def test_what_stands_between_backticks_is_code() -> None:
+    assert with_code("lower `beta<1>` or `x`, not a ` alone") == (
+        "lower <code>beta&lt;1&gt;</code> or <code>x</code>, not a ` alone"
+    )
+    assert with_code("`\u202e`") == '<code><span class="unseen" title="right-to-left override">U+202E</span></code>'
 
 
 def test_plain_names_them_in_brackets() -> None:

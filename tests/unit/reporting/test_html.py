@@ -86,13 +86,14 @@ class TestWhatItSays:
 
     def test_warnings_and_why_it_stopped(self, tmp_path: Path) -> None:
         made = MadeRun(tmp_path / "run").data(EXAMPLES)
-        made.diagnostics(0, {"drift": 0.5}, WARNING, {**WARNING, "title": "Another"}).stopped(
+        made.diagnostics(0, {"drift": 0.5}, WARNING, {**WARNING, "title": "Another", "cause": "`beta` is <1"}).stopped(
             1, "no gain for 2 iterations"
         )
         text = page(made.run)
         assert "2 warnings</a> on the way" in text
         for words in ("iteration-0: Real responses become less likely", WARNING["cause"], WARNING["remedy"], "Another"):
             assert words.replace("'", "&#39;") in text
+        assert "<dd><code>beta</code> is &lt;1</dd>" in text
         assert "The loop ended after 1 iteration: no gain for 2 iterations" in text
 
     def test_no_warning(self, tmp_path: Path) -> None:

@@ -161,13 +161,16 @@ function goBackToPlace() {
 
 // --- untrusted text ---
 
+// Control characters and those that turn direction; joiners but where they are a part of Arabic, Indic and such scripts, or
+// of emoji; carriage returns without a newline.
 const UNSEEN =
-  /[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]|\p{Surrogate}/gu;
+  /\r(?!\n)|(?<![\u0590-\u1cff\ua800-\uabff\ufb1d-\ufdff\ufe70-\ufefc\u{10a00}-\u{11fff}\u2190-\u2bff\ufe0f\u{1f000}-\u{1faff}])[\u200c\u200d]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]|\p{Surrogate}/gu;
 
 /** A text's nodes: characters that can't be seen, or that turn the direction of others, are shown by their code. */
 function shown(text) {
   const nodes = [];
   let end = 0;
+  text = text.replaceAll("\r\n", "\n");
   for (const found of text.matchAll(UNSEEN)) {
     nodes.push(text.slice(end, found.index));
     const code = found[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
@@ -201,48 +204,83 @@ function oneLine(text, beginning) {
 
 // --- differences ---
 
-const TOKENS = /\s+|[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]|(?:(?![\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}])[\p{L}\p{M}\p{N}_])+|[^]/gu;
-const CELLS = 4_000_000;
+const TOKENS = new RegExp(
+  [
+    String.raw`\s+`,
+    String.raw`\p{Extended_Pictographic}[\ufe0f\p{EMod}]*(?:\u200d\p{Extended_Pictographic}[\ufe0f\p{EMod}]*)*`,
+    String.raw`[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]`,
+    String.raw`(?:(?![\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}])[\p{L}\p{M}\p{N}_\u200c\u200d])+`,
+    "[^]",
+  ].join("|"),
+  "gu",
+);
+const STEPS = 8_000_000; // of comparing two texts: less than a second, and 32 MB
 
-const tokensOf = (text) => text.match(TOKENS) ?? [];
+const tokensOf = (text) => text.replaceAll("\r\n", "\n").match(TOKENS) ?? [];
 
-/** For each token of `mine`, whether it is outside the longest common subsequence with `theirs`. */
+/** For each token of `mine`, whether it is outside the longest common subsequence with `theirs`; null if that takes too long. */
 function differing(mine, theirs) {
   const differs = new Array(mine.length).fill(true);
+  const shorter = Math.min(mine.length, theirs.length);
   let start = 0;
-  while (start < mine.length && start < theirs.length && mine[start] === theirs[start]) differs[start++] = false;
+  while (start < shorter && mine[start] === theirs[start]) differs[start++] = false;
   let tail = 0;
-  while (
-    tail < Math.min(mine.length, theirs.length) - start &&
-    mine[mine.length - 1 - tail] === theirs[theirs.length - 1 - tail]
-  )
-    differs[mine.length - 1 - tail++] = false;
-  const rows = mine.length - start - tail;
-  const columns = theirs.length - start - tail;
-  if (rows * columns === 0 || rows * columns > CELLS) return differs;
-  const width = columns + 1;
-  const longest = new Uint16Array((rows + 1) * width); // [i, j]: of what follows token i of mine and j of theirs
-  const same = (i, j) => mine[start + i] === theirs[start + j];
-  for (let i = rows - 1; i >= 0; i--)
-    for (let j = columns - 1; j >= 0; j--)
-      longest[i * width + j] = same(i, j)
-        ? longest[(i + 1) * width + j + 1] + 1
-        : Math.max(longest[(i + 1) * width + j], longest[i * width + j + 1]);
-  for (let i = 0, j = 0; i < rows && j < columns; ) {
-    if (same(i, j)) {
-      differs[start + i++] = false;
-      j++;
-    } else if (longest[(i + 1) * width + j] >= longest[i * width + j + 1]) i++;
-    else j++;
-  }
-  return differs;
+  while (tail < shorter - start && mine.at(-1 - tail) === theirs.at(-1 - tail)) differs[mine.length - 1 - tail++] = false;
+  const same = (x, y) => mine[start + x] === theirs[start + y];
+  const kept = keptTokens(mine.length - start - tail, theirs.length - start - tail, same);
+  for (const x of kept ?? []) differs[start + x] = false;
+  return kept && differs;
 }
 
-/** A text's nodes, with what differs from another text marked. */
+/**
+ * What is kept of `width` tokens by the fewest deletions and insertions that make `height` others of them; null if that takes
+ * too long. (Myers: An O(ND) Difference Algorithm and Its Variations, 1986.)
+ */
+function keptTokens(width, height, same) {
+  if (width === 0 || height === 0) return [];
+  const at = (diagonal) => diagonal + height + 1; // diagonal: x - y
+  const furthest = new Int32Array(width + height + 3).fill(-1); // x on each diagonal, after so many edits
+  furthest[at(1)] = 0;
+  const rounds = [];
+  for (let edits = 0, steps = 0; ; edits++) {
+    const low = Math.max(-edits, edits - 2 * height); // no more can be inserted than there is, nor deleted
+    const high = Math.min(edits, 2 * width - edits);
+    steps += (high - low) / 2 + 1;
+    if (steps > STEPS) return null;
+    const moves = new Uint32Array((high - low) / 2 + 1); // twice the x that an edit leads to, and 1 if it inserts
+    rounds.push({ low, moves });
+    for (let k = low; k <= high; k += 2) {
+      const inserts = k === -edits || (k !== edits && furthest[at(k - 1)] < furthest[at(k + 1)]);
+      let x = inserts ? furthest[at(k + 1)] : furthest[at(k - 1)] + 1;
+      moves[(k - low) / 2] = 2 * x + Number(inserts);
+      while (x < width && x - k < height && same(x, x - k)) x++;
+      furthest[at(k)] = x;
+      if (x >= width && x - k >= height) return walkedBack(rounds, x, k);
+    }
+  }
+}
+
+/** The tokens on the path that ends at `x` on diagonal `k`. */
+function walkedBack(rounds, x, k) {
+  const kept = [];
+  for (const { low, moves } of rounds.reverse()) {
+    const move = moves[(k - low) / 2];
+    while (x > move >> 1) kept.push(--x);
+    if (move & 1) k++;
+    else {
+      k--;
+      x--;
+    }
+  }
+  return kept;
+}
+
+/** A text's nodes, with what differs from another text marked; null if they differ too much for that. */
 function compared(text, other) {
   if (other === null) return shown(text);
   const tokens = tokensOf(text);
-  const differs = differing(tokens, tokensOf(other)).map((is, place) => is && tokens[place].trim() !== "");
+  const differs = differing(tokens, tokensOf(other))?.map((is, place) => is && tokens[place].trim() !== "");
+  if (!differs) return null;
   const nodes = [];
   for (let start = 0; start < tokens.length; ) {
     let end = start;
@@ -474,8 +512,11 @@ class Browser {
       ...(right === true || right === false ? [[right ? "right" : "wrong", right ? "✓ right" : "✗ wrong"]] : []),
       ...(cut ? [["cut", "cut at the cap"]] : []),
     ]);
+    const unmarked = new Set();
     const texts = cells.map(([text], place) => {
-      const shownText = element("div", { className: "text", dir: "auto", tabIndex: 0 }, ...compared(text, other(place)));
+      const nodes = compared(text, other(place));
+      if (nodes === null) unmarked.add("differs too much to be marked");
+      const shownText = element("div", { className: "text", dir: "auto", tabIndex: 0 }, ...(nodes ?? shown(text)));
       shownText.setAttribute("role", "region");
       shownText.setAttribute("aria-label", `${name}${cells.length > 1 ? `, ${place + 1}` : ""}`);
       return shownText;
@@ -491,7 +532,7 @@ class Browser {
         ...chips.map(([kind, text]) => element("span", { className: `chip ${kind}`, textContent: text })),
       ),
       ...texts,
-      element("p", { className: "facts-line", textContent: [`${lengths} tokens`, ...facts].join(" · ") }),
+      element("p", { className: "facts-line", textContent: [`${lengths} tokens`, ...facts, ...unmarked].join(" · ") }),
     );
   }
 }
