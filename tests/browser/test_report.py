@@ -111,6 +111,28 @@ class TestShowing:
         chart = visit(report).page.get_by_role("img", name="Real NLL a token: base: ")
         assert chart.count() == 1
 
+    def test_every_iteration_of_many_has_its_place_on_the_axis(self, visit: Open, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run", {"iterations": 14}).data([MadeExample("a")])
+        for player in ("base", *(f"iteration-{t}" for t in range(14))):
+            made.player(player, [Made()])
+        page = visit(html.write(made.run), "drawn").page
+        labels = page.locator("#curves .plot").first.locator(".role-axis-label text")
+        shown = [
+            label.text_content()
+            for label in labels.all()
+            if label.evaluate("(node) => getComputedStyle(node).opacity") != "0"
+        ]
+        assert ["start", *map(str, range(14))] == shown[:15]
+
+    def test_the_differences_stay_within_the_frame(self, visit: Open, report: Path) -> None:
+        plot = visit(report, "drawn").page.locator(".plot").first
+        ends = "(box) => [box.getBoundingClientRect().left, box.getBoundingClientRect().right]"
+        frame = plot.locator(".root .background").first.evaluate(ends)
+        bars = [bar.evaluate(ends) for bar in plot.locator(".mark-rule.role-mark line").all()]
+        left, right = min(left for left, _ in bars) - frame[0], frame[1] - max(right for _, right in bars)
+        assert left >= 4
+        assert right >= 4
+
     def test_a_tooltip(self, visit: Open, report: Path) -> None:
         page = visit(report, "drawn").page
         page.locator("#curves .plot").first.locator("path[transform]").last.hover()
@@ -216,6 +238,19 @@ class TestFiltering:
             for order, ids in (("gain", "bcad"), ("loss", "cbad"), ("data", "abcd")):
                 page.locator("#sort").select_option(order)
                 assert shown_ids(page) == list(ids), (kind, order)
+
+    def test_only_the_two_that_are_compared(self, visit: Open, verified: Path) -> None:
+        page = visit(verified).page
+        cards = page.locator(".response h4")
+        assert cards.all_inner_texts() == ["real response", "base", "sft", "iteration-0"]
+        assert page.locator(".is-compared h4").all_inner_texts() == ["sft", "iteration-0"]
+        assert page.locator(".is-compared header").all_inner_texts() == [
+            "sft\nfrom\n✓ right", "iteration-0\nto\n✓ right",
+        ]  # fmt: skip
+        page.locator("#who").select_option(label="only from and to")
+        assert cards.all_inner_texts() == ["real response", "sft", "iteration-0"]
+        page.locator("#from").select_option("base")
+        assert cards.all_inner_texts() == ["real response", "base", "iteration-0"]
 
     def test_search_is_in_all_texts(self, visit: Open, verified: Path) -> None:
         page = visit(verified).page
@@ -331,7 +366,7 @@ class TestKeyboard:
             width = page.evaluate("getComputedStyle(document.activeElement).outlineWidth")
             assert page.evaluate("document.activeElement === document.body") or width == "3px", reached[-1]
         assert reached[0] == "Skip to the verdict"
-        controls = ["filter", "from", "to", "sort", "kind", "against", "search", "list"]
+        controls = ["filter", "from", "to", "sort", "kind", "who", "against", "search", "list"]
         assert [name for name in reached if name in controls] == controls
         assert "theme" in reached
 

@@ -32,6 +32,9 @@ SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"
 STYLES = 8
 """Of lines that several runs can be told apart by."""
 
+PLACES = alt.Axis(labelAngle=0, labelSeparation=1)
+"""Upright, and so close that 0 has room beside start."""
+
 Record = dict[str, Any]
 Drawing = alt.LayerChart | alt.FacetChart
 
@@ -94,7 +97,10 @@ def _differences_layers() -> Drawing:
     return alt.layer(
         zero,
         bars.encode(
-            x=alt.X("low:Q", title=None, axis=alt.Axis(tickCount=6)), x2=alt.X2("high:Q"), y=y, tooltip=tooltip
+            x=alt.X("low:Q", title=None, axis=alt.Axis(tickCount=6), scale=alt.Scale(padding=8)),
+            x2=alt.X2("high:Q"),
+            y=y,
+            tooltip=tooltip,
         ),
         points.encode(x=alt.X("value:Q"), y=y, tooltip=tooltip),
     )
@@ -130,7 +136,7 @@ def _curve(summary: Summary, name: str, path: Sequence[str]) -> Chart:
 
 @_specification
 def _curve_layers(places: tuple[str, ...]) -> Drawing:
-    x = alt.X("x:N", scale=alt.Scale(domain=list(places)), title="iteration", axis=alt.Axis(labelAngle=0))
+    x = alt.X("x:N", scale=alt.Scale(domain=list(places)), title="iteration", axis=PLACES)
     y, color = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)), "var(--series-1)"
     tooltip = [_tip("player:N"), _tip("text:N", "value")]
     points = _of("path").mark_point(filled=True, opacity=1, size=70, color=color)
@@ -218,7 +224,7 @@ def _overlaid_layers(runs: tuple[str, ...], places: tuple[str, ...]) -> Drawing:
             points.encode(x=x, y=y, tooltip=tooltip),
         )
     band = alt.Scale(domain=list(places), paddingInner=0.7, paddingOuter=0.35)
-    across = alt.X("x:N", scale=band, title="iteration", axis=alt.Axis(labelAngle=0))
+    across = alt.X("x:N", scale=band, title="iteration", axis=PLACES)
     beside = alt.XOffset("run:N", scale=alt.Scale(domain=names))
     shape = alt.Shape("run:N", legend=None, scale=alt.Scale(domain=names, range=SHAPES))
     tooltip = [_tip("run:N"), _tip("player:N"), _tip("text:N", "value")]

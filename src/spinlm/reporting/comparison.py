@@ -120,7 +120,7 @@ def comparison(runs: Sequence[RunDir]) -> str:
         names=[side.name for side in sides],
         tone=tone,
         headline=headline,
-        reasons=_reasons(found),
+        reasons=[*_reasons(found), *_gains(sides)],
         notes=found.notes,
         differences=Figure([differences_chart(as_summary)], [_differences_table(found)]),
         measures=_measures(sides, everybody=False),
@@ -145,6 +145,7 @@ def contest(sides: Sequence[Side]) -> Contest:
             "there is nothing to compare by"
         )
     sign = 1 if HIGHER_IS_BETTER[measure] else -1
+    chosen = [f"{side.name} (of {count})" for side in having if (count := len(side.measured(measure))) > 1]
     having.sort(key=lambda side: -sign * side.value(measure)["value"])
     notes = [f"{side.name} has no iteration measured by {measure}." for side in sides if side not in having]
     if others := {side.summary.select_by for side in having} - {measure}:
@@ -156,6 +157,11 @@ def contest(sides: Sequence[Side]) -> Contest:
     for other in having[1:]:
         differences[other.name], said = _difference(first, other, measure)
         notes += said
+    if chosen:
+        notes.append(
+            f"The best iteration of {_and(chosen)} was chosen by the same prompts, which flatters it a little: the "
+            "more iterations, the more."
+        )
     return Contest(measure, having, differences, list(dict.fromkeys(notes)))
 
 
@@ -206,6 +212,16 @@ def _reasons(found: Contest) -> list[str]:
             f"The difference is {with_interval(found.differences[other.name], signed=True)}: {noise} noise."
         )
     return reasons
+
+
+def _gains(sides: Sequence[Side]) -> list[str]:
+    """Whether each run has beaten its own start, by the measure that chooses its best."""
+    return [
+        f"{side.name}, {best}, beside {start}, where its self-play started ({COLUMNS[side.summary.select_by]}): "
+        f"{outcome_words(side.summary, start)}, by {with_interval(side.summary.differences[start], signed=True)}."
+        for side in sides
+        if (best := side.summary.best) is not None and (start := side.summary.start) is not None
+    ]
 
 
 def _as_summary(found: Contest) -> Summary:

@@ -20,7 +20,7 @@ _JOINED = (
 _UNSEEN = re.compile(
     f"\r(?!\n)|(?<!{_JOINED})[\u200c\u200d]|"
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # control characters, but for tab and newline
-    "\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # invisible and direction-changing
+    "\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # unseen, or turn direction
     "\ud800-\udfff"  # lone surrogates, which UTF-8 can't hold
     "\U000e0000-\U000e007f]"  # tags
 )

@@ -30,7 +30,7 @@ from spinlm.reporting.diagnostics import diagnostics, stopped
 from spinlm.reporting.escape import json_for_script, plain, visible, with_code
 from spinlm.reporting.metrics import write_metrics
 from spinlm.reporting.sections import sections
-from spinlm.reporting.status import status
+from spinlm.reporting.status import besides, status
 from spinlm.reporting.summary import Summary, is_iteration, read_examples, summarise
 from spinlm.reporting.tables import (
     Table,
@@ -47,6 +47,8 @@ from spinlm.rundir import RunDir, digest
 FILE = "report.html"
 REFRESH_SECONDS = 15
 """A page of a run that is going on reloads itself so often."""
+SERVED_REFRESH_SECONDS = 60
+"""And a page that is served, of a run that isn't going on: it may go on again."""
 PAGE_BYTES = 5_000_000
 """A page is no larger: examples get what the rest leaves."""
 FRAME_BYTES = 10_000
@@ -77,8 +79,14 @@ def write(run: RunDir, running: bool = False) -> Path:
     return run.put(FILE, page(run, running))
 
 
-def page(run: RunDir, running: bool = False) -> str:
-    """The page of a run; see `write`."""
+def page(run: RunDir, running: bool = False, served: bool = False) -> str:
+    """The page of a run; see `write`.
+
+    Args:
+        run: The run.
+        running: Whether it is going on.
+        served: Whether the page is made anew when it is loaded again.
+    """
     recipe, summary, stages = run.recipe(), summarise(run), status(run)
     found, left = diagnostics(run, recipe), [stage.name for stage in stages if not stage.is_done]
     state: State = "running" if running else "unfinished" if left else "finished"
@@ -89,6 +97,7 @@ def page(run: RunDir, running: bool = False) -> str:
         "done": len(stages) - len(left),
         "total": len(stages),
         "written": None if state == "finished" else datetime.now(UTC),
+        "refresh_seconds": REFRESH_SECONDS if running else SERVED_REFRESH_SECONDS if served else None,
         "summary": summary,
         "verdict": verdict_of(summary, run.path, state, left),
         "stopped": stopped(run),
@@ -100,7 +109,7 @@ def page(run: RunDir, running: bool = False) -> str:
         "diagnostics": found,
         "diagnostics_table": numbers_table("Diagnostics", {name: each.values for name, each in found.items()}),
         "sections": sections(run),
-        "stages": stages_table(stages),
+        "stages": stages_table([*stages, *besides(run)]),
         "facts": _facts(run, recipe),
         "recipe": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         "artifacts": _artifacts(run),
@@ -305,7 +314,6 @@ def render(template: str, **context: Any) -> str:
             policy=content_security_policy(),
             script=Markup(_own_script()),
             style=Markup(_asset("report.css")),
-            refresh_seconds=REFRESH_SECONDS,
         )
     )
 

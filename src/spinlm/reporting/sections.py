@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from spinlm.reporting.benchmarks import BenchmarkTable, Row, benchmark_tables
 from spinlm.reporting.judged import JudgedTable, judged_tables
@@ -19,13 +18,11 @@ class Section:
     Attributes:
         id: Where links lead.
         title: Its heading.
-        notes: What a reader has to know.
-        tables: What it shows.
+        tables: What it shows, each with its notes.
     """
 
     id: str
     title: str
-    notes: Sequence[str]
     tables: Sequence[Table]
 
 
@@ -38,22 +35,20 @@ def sections(run: RunDir) -> list[Section]:
 def _benchmarks(found: Sequence[BenchmarkTable]) -> Section:
     tables = []
     for table in found:
-        tables.append(_benchmark(table, table.title, table.rows))
+        tables.append(_benchmark(table, table.title, table.rows, table.notes))
         if table.paper:
             tables.append(_benchmark(table, f"{table.suite}, for comparison: {table.source}", table.paper))
-    notes = chain.from_iterable((f"{table.suite}: {note}" for note in table.notes) for table in found)
-    return Section("benchmarks", "Benchmarks", list(notes), tables)
+    return Section("benchmarks", "Benchmarks", tables)
 
 
 def _judged(found: Sequence[JudgedTable]) -> Section:
-    notes = dict.fromkeys(note for table in found for note in table.notes)
-    tables = [Table(table.title, table.headings, table.rows) for table in found]
-    return Section("judged", "Judged answers", list(notes), tables)
+    tables = [Table(table.title, table.headings, table.rows, notes=table.notes) for table in found]
+    return Section("judged", "Judged answers", tables)
 
 
-def _benchmark(table: BenchmarkTable, caption: str, rows: Sequence[Row]) -> Table:
+def _benchmark(table: BenchmarkTable, caption: str, rows: Sequence[Row], notes: Sequence[str] = ()) -> Table:
     average = ["average"] if table.has_average else []
     cells = [
         [row.label, *map(table.text, (*row.scores, row.average) if table.has_average else row.scores)] for row in rows
     ]
-    return Table(caption, ["player", *table.headings, *average], cells)
+    return Table(caption, ["player", *table.headings, *average], cells, notes=notes)

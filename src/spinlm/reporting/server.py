@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from spinlm.errors import UserError
+from spinlm.errors import UserError, first_line
 from spinlm.reporting.html import content_security_policy, page
 from spinlm.rundir import RunDir
 
@@ -37,7 +38,7 @@ class LatestPage:
             state = self._state_of_the_run()
             if state != self._state:
                 _, running = state
-                self._page = page(self._run, running).encode()
+                self._page = page(self._run, running, served=True).encode()
                 self._state = state
             return self._page
 
@@ -104,6 +105,10 @@ def _handler(get: Callable[[], bytes]) -> type[BaseHTTPRequestHandler]:
                 return HTTPStatus.OK, get(), "text/html"
             except UserError as error:
                 return HTTPStatus.INTERNAL_SERVER_ERROR, f"{error}\n".encode(errors="replace"), "text/plain"
+            except Exception as error:  # the run is being written, or its disk is gone: the next request may do better
+                said = f"the page can't be made: {type(error).__name__}: {first_line(error)}\n"
+                sys.stderr.write(said)
+                return HTTPStatus.INTERNAL_SERVER_ERROR, said.encode(errors="replace"), "text/plain"
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
             """What isn't HTTP, or another method."""

@@ -89,6 +89,23 @@ def status(run: RunDir) -> list[StageStatus]:
     return stages
 
 
+def besides(run: RunDir) -> list[StageStatus]:
+    """What took time besides the recipe's stages: each benchmark, and the answers that judges are given.
+
+    There is as much of it as was asked for, so none of it is left.
+    """
+    seconds, tokens = _spent(run)
+    stages = []
+    for name in dict.fromkeys(what.split("/")[1] for what in seconds if what.startswith("benchmarks/")):
+        spent, read = (
+            sum(value for what, value in of.items() if what.startswith(f"benchmarks/{name}/"))
+            for of in (seconds, tokens)
+        )
+        title = "answers for judges" if name == "answers" else f"benchmark {name}"
+        stages.append(StageStatus(title, 1, 1, float(spent), int(read)))
+    return stages
+
+
 def iterations_to_play(run: RunDir, recipe: Recipe) -> int:
     """The recipe's; of a run that stopped, as many as were played."""
     if not run.has_record(STOPPED):

@@ -24,12 +24,14 @@ class Table:
         headings: Of its columns.
         rows: Its cells.
         best: The row to stand out, by its first cell.
+        notes: What a reader has to know of it.
     """
 
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     best: str | None = None
+    notes: Sequence[str] = ()
 
 
 def measures_table(summary: Summary) -> Table:

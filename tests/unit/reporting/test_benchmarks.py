@@ -218,7 +218,7 @@ class TestOnThePage:
         assert ours.rows == [["base", "50.00 ± 3.00", "25.00 ± 4.00", "37.50 ± 2.50"]]
         assert theirs.caption == "mine, for comparison: arXiv 1"
         assert theirs.rows == [["theirs", "60.00", "30.00", "45.00"]]
-        assert section.notes == ["mine: ARC: 25-shot acc_norm; GSM8K: 5-shot exact_match strict-match."]
+        assert section.tables[0].notes == ["ARC: 25-shot acc_norm; GSM8K: 5-shot exact_match strict-match."]
 
     def test_nothing_measured_no_section(self, run: RunDir) -> None:
         describe(run)

@@ -38,7 +38,6 @@ def test_the_best_of_each_prompt_by_prompt(tmp_path: Path) -> None:
     change = found.differences["a"]
     assert change["value"] == pytest.approx(0.3)
     assert 0.05 <= change["low"] < change["value"] < change["high"] <= 0.55
-    assert found.notes == []
 
 
 def test_of_the_same_examples_in_another_order(tmp_path: Path) -> None:
@@ -81,6 +80,21 @@ def test_runs_that_choose_by_different_measures(tmp_path: Path) -> None:
         "Runs choose their best by different measures (accuracy_sampled, truncation_rate): here all are compared by "
         "accuracy_sampled, that of a."
     ]
+
+
+def test_that_the_best_was_chosen_by_the_same_prompts_is_said(tmp_path: Path) -> None:
+    found = contest(sides(made(tmp_path / "a", 12, 10, 9), made(tmp_path / "b", 18)))
+    assert found.notes == [
+        "The best iteration of a (of 3) was chosen by the same prompts, which flatters it a little: the more "
+        "iterations, the more."
+    ]
+
+
+def test_whether_each_has_beaten_its_own_start_is_said(tmp_path: Path) -> None:
+    """b is better than a, and a no better than its base."""
+    text = page(made(tmp_path / "a", 0), made(tmp_path / "b", 18))
+    assert "a, iteration-0, beside base, where its self-play started (accuracy, sampled): equal, by +0.000" in text
+    assert "b, iteration-0, beside base, where its self-play started (accuracy, sampled): better, beyond noise" in text
 
 
 def page(*runs: RunDir) -> str:

@@ -80,6 +80,15 @@ class TestWhatItSays:
         assert '<body data-state="unfinished" data-written="20' in page(made.run)
         assert "data-refresh" not in page(made.run)
 
+    def test_a_served_page_finds_out_that_the_run_goes_on(self, tmp_path: Path) -> None:
+        made = plausible(tmp_path / "run", examples=4, iterations=1, words=4, steps=3)
+        text = page(made.run, served=True)
+        assert '<body data-state="finished" data-refresh="60">' in text
+        assert "The run isn’t going on. This page reloads itself every 60 seconds" in text
+        running = page(made.run, running=True, served=True)
+        assert 'data-refresh="15"' in running
+        assert "isn’t going on" not in running
+
     def test_a_finished_page_is_the_same_each_time(self, tmp_path: Path) -> None:
         made = plausible(tmp_path / "run", examples=4, iterations=1, words=4, steps=3)
         assert page(made.run) == page(made.run)
@@ -116,6 +125,12 @@ class TestWhatItSays:
         row = re.search(r"<tr>.*iteration 0: generate.*</tr>", text)
         assert row is not None
         assert re.findall(r"<td>(.*?)</td>", row[0]) == ["done", "1:30 min", "1,800", "20"]
+
+    def test_time_of_benchmarks(self, tmp_path: Path) -> None:
+        made = MadeRun(tmp_path / "run").data(EXAMPLES).took("benchmarks/arena/iteration-0-vs-base/judge", 90.0)
+        row = re.search(r"<tr>.*benchmark arena.*</tr>", page(made.run))
+        assert row is not None
+        assert re.findall(r"<td>(.*?)</td>", row[0]) == ["done", "1:30 min", "–", "–"]
 
     def test_shards_are_one_row_under_the_hash_that_their_users_know(self, tmp_path: Path) -> None:
         from spinlm.rundir import digest

@@ -166,7 +166,7 @@ def test_on_the_page(run: RunDir) -> None:
     assert (section.id, section.title) == ("judged", "Judged answers")
     assert [table.caption for table in section.tables] == [table.title for table in judged_tables(run)]
     assert section.tables[0].rows[0][:2] == ["iteration-0 against sft", "0.750 [0.625, 0.875]"]
-    assert len(section.notes) == 1
+    assert [table.notes for table in section.tables] == [table.notes for table in judged_tables(run)]
 
 
 def test_among_the_metrics(run: RunDir) -> None:

@@ -153,6 +153,19 @@ def test_a_run_that_breaks_while_it_is_served(made: MadeRun, server: ThreadingHT
     assert "data/held_out.jsonl: not what was committed" in body
 
 
+def test_whatever_goes_wrong_is_an_answer_and_a_line(
+    made: MadeRun, server: ThreadingHTTPServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Then the next request is answered as if nothing had been."""
+    (made.path / "timings.jsonl").mkdir()
+    status, headers, body = ask(server, "GET", "/")
+    assert (status, headers["content-type"]) == (500, "text/plain; charset=utf-8")
+    assert body.startswith("the page can't be made: IsADirectoryError: ")
+    assert capfd.readouterr().err == body
+    (made.path / "timings.jsonl").rmdir()
+    assert ask(server, "GET", "/")[0] == 200
+
+
 def test_a_port_that_is_taken(made: MadeRun, server: ThreadingHTTPServer) -> None:
     with pytest.raises(UserError, match=rf"--port {server.server_port}: can't be listened at"):
         make_server(made.run, server.server_port)

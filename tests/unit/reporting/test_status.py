@@ -8,7 +8,7 @@ import pytest
 
 from spinlm.config import recipe_from
 from spinlm.errors import UserError
-from spinlm.reporting.status import status
+from spinlm.reporting.status import besides, status
 from spinlm.rundir import RunDir, write_jsonl
 
 
@@ -101,6 +101,25 @@ def test_a_run_on_its_way(tmp_path: Path) -> None:
         ("control", "to do", 0.0, 0),
         ("evaluate control", "to do", 0.0, 0),
     ]
+
+
+def test_what_was_measured_besides(tmp_path: Path) -> None:
+    """Benchmarks, judging and the answers for it take time too, in none of the recipe's stages."""
+    run = started(tmp_path)
+    took(
+        run,
+        ("data", 1.5),
+        ("benchmarks/answers/base/held-out-1", 2.0, 100),
+        ("benchmarks/answers/iteration-0/held-out-1", 3.0, 150),
+        ("benchmarks/arena/iteration-0-vs-base/judge-1", 7.0),
+        ("benchmarks/arena-hard/iteration-0/gsm8k", 11.0),
+    )
+    assert [(stage.name, stage.state, stage.seconds, stage.tokens) for stage in besides(run)] == [
+        ("answers for judges", "done", 5.0, 250),
+        ("benchmark arena", "done", 7.0, 0),
+        ("benchmark arena-hard", "done", 11.0, 0),
+    ]
+    assert sum(stage.seconds for stage in status(run)) == 1.5
 
 
 def test_a_full_fine_tuning_with_nothing_held_out(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ function setUpReloading() {
   });
   show(Boolean(kept().paused));
   const minutes = (Date.now() - Date.parse(document.body.dataset.written)) / 60000;
-  if (minutes > STALE_MINUTES) {
+  if (minutes > STALE_MINUTES && byId("stale")) {
     byId("stale").textContent = ` (${Math.round(minutes)} minutes ago: whether it still runs, spinlm status says)`;
   }
   setInterval(() => {
@@ -311,7 +311,7 @@ class Browser {
     this.visible = []; // places in data.rows, in the order shown
     this.chosen = null; // one of them
     this.beginning = commonBeginning(data.rows.map((row) => row.prompt));
-    for (const name of ["filter", "from", "to", "sort", "kind", "against", "search", "list", "detail", "count"])
+    for (const name of ["filter", "from", "to", "sort", "kind", "who", "against", "search", "list", "detail", "count"])
       this[name] = byId(name);
   }
 
@@ -372,6 +372,7 @@ class Browser {
     options(this.from, players.map((name) => [name, name]));
     options(this.to, players.map((name) => [name, name]));
     options(this.kind, [["sampled", "sampled"], ...(this.data.greedy ? [["greedy", "greedy"]] : [])]);
+    options(this.who, [["all", "all players"], ["two", "only from and to"]]);
     options(this.filter, titles(this.filters()));
     options(this.sort, titles(this.orders()));
     options(this.against, [["real", "the real response"], ["before", "the player before"], ["nothing", "nothing"]]);
@@ -390,7 +391,7 @@ class Browser {
   }
 
   controls() {
-    return [this.filter, this.from, this.to, this.sort, this.kind, this.against, this.search];
+    return [this.filter, this.from, this.to, this.sort, this.kind, this.who, this.against, this.search];
   }
 
   restore() {
@@ -492,7 +493,10 @@ class Browser {
     for (const player of this.data.players) {
       const cells = this.responses(row, player);
       const others = { real: [[row.real]], before, nothing: [] }[this.against.value];
-      cards.push(this.card(player, this.facts(row, player), cells, (place) => (others[place] ?? others[0])?.[0] ?? null));
+      const isCompared = [this.from.value, this.to.value].includes(player);
+      const other = (place) => (others[place] ?? others[0])?.[0] ?? null;
+      if (isCompared || this.who.value === "all")
+        cards.push(this.card(player, this.facts(row, player), cells, other, isCompared ? "is-compared" : ""));
       before = cells;
     }
     this.detail.replaceChildren(
@@ -522,6 +526,7 @@ class Browser {
       return shownText;
     });
     const lengths = cells.map((cell) => cell[1]).join(", ");
+    const roles = this.data.players.length ? [this.from, this.to].filter(({ value }) => value === name).map(({ id }) => id) : [];
     return element(
       "div",
       { className: `response ${className}` },
@@ -529,6 +534,7 @@ class Browser {
         "header",
         {},
         element("h4", { textContent: name }),
+        ...roles.map((role) => element("span", { className: "chip", textContent: role })),
         ...chips.map(([kind, text]) => element("span", { className: `chip ${kind}`, textContent: text })),
       ),
       ...texts,
