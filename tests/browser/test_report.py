@@ -124,8 +124,11 @@ class TestShowing:
         ]
         assert ["start", *map(str, range(14))] == shown[:15]
 
-    def test_the_differences_stay_within_the_frame(self, visit: Open, report: Path) -> None:
-        plot = visit(report, "drawn").page.locator(".plot").first
+    def test_the_differences_stay_within_the_frame(self, visit: Open, tmp_path: Path) -> None:
+        """Of a difference of -0.5 everywhere, where an axis would end."""
+        made = MadeRun(tmp_path / "run").data([MadeExample(name, tokens=10) for name in "ab"])
+        made.player("base", [Made(real_logprob=-10.0)] * 2).player("iteration-0", [Made(real_logprob=-5.0)] * 2)
+        plot = visit(html.write(made.run), "drawn").page.locator(".plot").first
         ends = "(box) => [box.getBoundingClientRect().left, box.getBoundingClientRect().right]"
         frame = plot.locator(".root .background").first.evaluate(ends)
         bars = [bar.evaluate(ends) for bar in plot.locator(".mark-rule.role-mark line").all()]
