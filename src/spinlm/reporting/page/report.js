@@ -372,7 +372,7 @@ class Browser {
     options(this.from, players.map((name) => [name, name]));
     options(this.to, players.map((name) => [name, name]));
     options(this.kind, [["sampled", "sampled"], ...(this.data.greedy ? [["greedy", "greedy"]] : [])]);
-    options(this.who, [["all", "all players"], ["two", "only from and to"]]);
+    options(this.who, [["all", "all"], ["two", "only from and to"]]);
     options(this.filter, titles(this.filters()));
     options(this.sort, titles(this.orders()));
     options(this.against, [["real", "the real response"], ["before", "the player before"], ["nothing", "nothing"]]);
