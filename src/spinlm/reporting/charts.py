@@ -211,6 +211,7 @@ def _overlaid_layers(runs: tuple[str, ...], places: tuple[str, ...]) -> Drawing:
     color = alt.Color("run:N", legend=None, scale=alt.Scale(domain=names, range=colors))
     dash = alt.StrokeDash("run:N", legend=None, scale=alt.Scale(domain=names, range=DASHES))
     y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
+    shape = alt.Shape("run:N", legend=None, scale=alt.Scale(domain=names, range=SHAPES))
     lines = _of("path").mark_line(strokeWidth=2)
     if not places:
         x = alt.X("x:Q", title="optimiser step", axis=alt.Axis(tickMinStep=1, tickCount=6))
@@ -220,13 +221,12 @@ def _overlaid_layers(runs: tuple[str, ...], places: tuple[str, ...]) -> Drawing:
         alone = _of("alone").mark_point(filled=True, size=60, opacity=1)
         return alt.layer(
             lines.encode(x=x, y=y, color=color, strokeDash=dash, detail=detail),
-            alone.encode(x=x, y=y, color=color),
+            alone.encode(x=x, y=y, color=color, shape=shape),
             points.encode(x=x, y=y, tooltip=tooltip),
         )
     band = alt.Scale(domain=list(places), paddingInner=0.7, paddingOuter=0.35)
     across = alt.X("x:N", scale=band, title="iteration", axis=PLACES)
     beside = alt.XOffset("run:N", scale=alt.Scale(domain=names))
-    shape = alt.Shape("run:N", legend=None, scale=alt.Scale(domain=names, range=SHAPES))
     tooltip = [_tip("run:N"), _tip("player:N"), _tip("text:N", "value")]
     bars = _of("path").mark_rule(strokeWidth=1.5)
     points = _of("path").mark_point(filled=True, size=70, opacity=1)
@@ -319,6 +319,7 @@ def _training_layers(names: tuple[str, ...]) -> Drawing:
     y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = [_tip("player:N"), _tip("step:Q"), _tip("of:N", " "), _tip("value:Q", format=".4g")]
     color = alt.Color("of:N", scale=scale, legend=legend)
+    shape = alt.Shape("of:N", legend=None, scale=alt.Scale(domain=list(names), range=SHAPES[: len(names)]))
     label = _of("starts").mark_text(align="left", baseline="bottom", fontSize=11, color="var(--muted)")
     return alt.layer(
         _of("line").mark_rule(strokeDash=DOTTED, color="var(--muted)").encode(y=alt.Y("value:Q")),
@@ -333,7 +334,7 @@ def _training_layers(names: tuple[str, ...]) -> Drawing:
             strokeDash=alt.StrokeDash("of:N", scale=dashes, legend=legend),
             detail=alt.Detail("player:N"),
         ),
-        _of("alone").mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=color),
+        _of("alone").mark_point(filled=True, size=60, opacity=1).encode(x=x, y=y, color=color, shape=shape),
         _of("log").mark_point(filled=True, size=60, opacity=0).encode(x=x, y=y, tooltip=tooltip),
     )
 

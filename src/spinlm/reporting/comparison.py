@@ -16,7 +16,7 @@ from spinlm.reporting.escape import plain
 from spinlm.reporting.html import Figure, render
 from spinlm.reporting.report import COLUMNS, with_interval
 from spinlm.reporting.summary import Outcome, Summary, Values, is_iteration, read_examples, summarise
-from spinlm.reporting.tables import Table, outcome_words
+from spinlm.reporting.tables import Table, beside_table, measures_table, outcome_words
 from spinlm.reporting.training_log import Row, committed_log, trained_players
 from spinlm.rundir import RunDir, write_text
 
@@ -231,13 +231,9 @@ def _as_summary(found: Contest) -> Summary:
 
 
 def _differences_table(found: Contest) -> Table:
-    summary = _as_summary(found)
-    rows = [
-        [name, with_interval(change, signed=True), outcome_words(summary, name)]
-        for name, change in found.differences.items()
-    ]
     first = found.sides[0].name
-    return Table(f"{first}'s best iteration minus that of each other run", ["run", "difference", f"{first} is"], rows)
+    caption = f"{first}'s best iteration minus that of each other run"
+    return beside_table(_as_summary(found), caption, "run", f"{first} is")
 
 
 def _measures(sides: Sequence[Side], everybody: bool) -> Table:
@@ -248,12 +244,7 @@ def _measures(sides: Sequence[Side], everybody: bool) -> Table:
         for player in side.summary.measures
         if everybody or player in (side.summary.start, side.summary.best, "control")
     }
-    shown = [name for name in COLUMNS if any(name in values for values in measured.values())]
-    rows = [
-        [who, *(with_interval(values[name]) if name in values else "–" for name in shown)]
-        for who, values in measured.items()
-    ]
-    return Table("Held-out measures, with 95 % intervals", ["run and player", *(COLUMNS[n] for n in shown)], rows)
+    return measures_table(measured, "run and player")
 
 
 def _last_logged(logs: Mapping[str, Mapping[str, Sequence[Row]]]) -> Table:

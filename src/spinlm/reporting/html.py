@@ -102,7 +102,7 @@ def page(run: RunDir, running: bool = False, served: bool = False) -> str:
         "verdict": verdict_of(summary, run.path, state, left),
         "stopped": stopped(run),
         "differences": _differences(summary),
-        "measures": measures_table(summary) if summary.measures else None,
+        "measures": measures_table(summary.measures, "player", summary.best) if summary.measures else None,
         "curves": Figure(curves(summary), []),
         "training": _training(run, recipe),
         "distributions": _distributions(examples),

@@ -10,7 +10,7 @@ import numpy as np
 
 from spinlm.reporting.report import COLUMNS, with_interval
 from spinlm.reporting.status import StageStatus
-from spinlm.reporting.summary import Summary
+from spinlm.reporting.summary import Summary, Values
 
 QUANTILES = (5, 25, 50, 75, 95)
 
@@ -34,23 +34,34 @@ class Table:
     notes: Sequence[str] = ()
 
 
-def measures_table(summary: Summary) -> Table:
-    """Every player's held-out measures."""
-    shown = [name for name in COLUMNS if any(name in of_player for of_player in summary.measures.values())]
+def measures_table(measures: Mapping[str, Mapping[str, Values]], who: str, best: str | None = None) -> Table:
+    """Everybody's held-out measures.
+
+    Args:
+        measures: Of each, by name.
+        who: What they are.
+        best: The one to stand out.
+    """
+    shown = [name for name in COLUMNS if any(name in measured for measured in measures.values())]
     rows = [
-        [player, *(with_interval(of_player[name]) if name in of_player else "–" for name in shown)]
-        for player, of_player in summary.measures.items()
+        [name, *(with_interval(measured[of]) if of in measured else "–" for of in shown)]
+        for name, measured in measures.items()
     ]
-    return Table("Held-out measures, with 95 % intervals", ["player", *(COLUMNS[n] for n in shown)], rows, summary.best)
+    return Table("Held-out measures, with 95 % intervals", [who, *(COLUMNS[name] for name in shown)], rows, best)
 
 
 def differences_table(summary: Summary) -> Table:
     """The best minus each other player, by the measure that chose it."""
+    return beside_table(summary, f"{summary.best} minus each other player", "player", "the best is")
+
+
+def beside_table(summary: Summary, caption: str, who: str, what: str) -> Table:
+    """The differences of a summary under other headings."""
     rows = [
         [other, with_interval(change, signed=True), outcome_words(summary, other)]
         for other, change in summary.differences.items()
     ]
-    return Table(f"{summary.best} minus each other player", ["player", "difference", "the best is"], rows)
+    return Table(caption, [who, "difference", what], rows)
 
 
 def outcome_words(summary: Summary, other: str) -> str:
