@@ -198,10 +198,20 @@ class TestOfItself:
         draw = random.Random(0)
         made = MadeRun(tmp_path / "run", {"sft": {}, "iterations": 10, "evaluation": {"control": True}})
         made.data([MadeExample(f"e{n}") for n in range(60)])
+        names = (
+            "loss",
+            "margin",
+            "reward_accuracy",
+            "logprob_per_token_real",
+            "logprob_per_token_synthetic",
+            "grad_norm",
+        )
         for player in ("base", "sft", *(f"iteration-{t}" for t in range(10)), "control"):
             made.player(
-                player, [Made("".join(chr(0x1F300 + draw.randrange(700)) for _ in range(1250))) for _ in range(60)]
+                player, [Made("".join(chr(0x1F300 + draw.randrange(700)) for _ in range(1170))) for _ in range(60)]
             )
+            rows = [{"step": step, **{name: draw.random() for name in names}} for step in range(1, 101)]
+            made.training(player, rows)
         assert write(made.run).stat().st_size < 5_000_000
 
     def test_a_player_that_has_diverged(self, tmp_path: Path) -> None:
