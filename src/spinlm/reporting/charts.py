@@ -319,7 +319,7 @@ def _training_layers(names: tuple[str, ...]) -> Drawing:
     y = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = [_tip("player:N"), _tip("step:Q"), _tip("of:N", " "), _tip("value:Q", format=".4g")]
     color = alt.Color("of:N", scale=scale, legend=legend)
-    shape = alt.Shape("of:N", legend=None, scale=alt.Scale(domain=list(names), range=SHAPES[: len(names)]))
+    shape = alt.Shape("of:N", legend=legend, scale=alt.Scale(domain=list(names), range=SHAPES[: len(names)]))
     label = _of("starts").mark_text(align="left", baseline="bottom", fontSize=11, color="var(--muted)")
     return alt.layer(
         _of("line").mark_rule(strokeDash=DOTTED, color="var(--muted)").encode(y=alt.Y("value:Q")),
