@@ -21,6 +21,8 @@ from spinlm.reporting.judged import judged_tables
 from spinlm.reporting.metrics import evaluations_frame, metrics_frame
 from spinlm.reporting.report import Report, Sample, verdict
 from spinlm.reporting.summary import beside_the_others, summarise
+from spinlm.reporting.training_log import folder_of
+from spinlm.reporting.verdict import verdict_of
 from spinlm.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
@@ -181,7 +183,8 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
     _say_samples(stages, report)
     stages.page.conclude()
     stages.progress.say(f"report: {run_dir.path / 'report.html'}")
-    stages.progress.say(f"next: spinlm export {run_dir.path} OUT --merge")
+    advice = verdict_of(summary, run_dir.path, "finished", [])
+    stages.progress.say(f"use: {advice.use}\nnext: {advice.next} {advice.command or ''}".rstrip())
 
 
 def _samples(stages: Stages, evaluations: list[Evaluation]) -> list[Sample]:
@@ -339,9 +342,8 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
         raise UserError(
             f"{source.path}: its base is a GGUF file, which an adapter alone can't name: export with --merge"
         )
-    weights = _weights_of(source, iteration)
+    name, weights = _weights_of(source, iteration)
     RunDir(source.path).verify(weights.relative_to(source.path.resolve()).as_posix())
-    name = f"iteration-{weights.parent.name}"
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
@@ -383,17 +385,17 @@ def _name_the_base(config: Path, base: ModelSection) -> None:
     write_json(config, read_json(config) | {"base_model_name_or_path": name, "revision": base.revision})
 
 
-def _weights_of(source: Run, iteration: str) -> Path:
-    if iteration in ("best", "latest"):
-        return source.best if iteration == "best" else source.latest
-    folder = source.path.resolve() / "iterations" / iteration
-    found = [folder / kind for kind in ("adapter", "model") if (folder / kind).is_dir()]
-    if not iteration.isdigit() or not found:
-        trained = sorted(path.parent.name for path in source.path.glob("iterations/*/training.jsonl"))
-        raise UserError(
-            f"{source.path}: has no trained iteration {iteration!r}; there are: {', '.join(trained) or 'none'}"
-        )
-    return found[0]
+def _weights_of(source: Run, player: str) -> tuple[str, Path]:
+    """A player's name and weights."""
+    if player in ("best", "latest"):
+        weights = source.best if player == "best" else source.latest
+        return f"iteration-{weights.parent.name}", weights
+    names = {str(t): f"iteration-{t}" for t in range(source.recipe.iterations)} | {"sft": "sft", "control": "control"}
+    run, kind = RunDir(source.path.resolve()), "adapter" if source.recipe.adapter is not None else "model"
+    trained = {one: name for one, name in names.items() if run.has_record(f"{folder_of(name)}/{kind}")}
+    if player not in trained:
+        raise UserError(f"{source.path}: has no trained {player!r}; there are: {', '.join(trained) or 'none'}")
+    return trained[player], run.path / folder_of(trained[player]) / kind
 
 
 def versions(packages: Sequence[str] = _RECORDED) -> dict[str, str]:

@@ -258,10 +258,10 @@ def report(
 def export(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
-    iteration: Annotated[str, typer.Option("--iteration", help="A number, best or latest.")] = "best",
+    iteration: Annotated[str, typer.Option("--iteration", help="A number, best, latest, sft or control.")] = "best",
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model's weights.")] = False,
 ) -> None:
-    """Write an iteration as an adapter or a merged model, with tokenizer and model card."""
+    """Write an iteration, the SFT model or the control as an adapter or a merged model, with tokenizer and card."""
     from spinlm.api import export as export_run
 
     typer.echo(f"exported to {export_run(run_dir, out, iteration, merge)}")

@@ -1,4 +1,4 @@
-"""Chromium, one for all tests; without it they are skipped, and say so."""
+"""Chromium, one for all tests of a module; without it they are skipped, and say so."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Visit:
 Open = Callable[..., Visit]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    """Ended with the module's tests: while playwright is there, nothing else can run an event loop in this thread."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: the report isn't tested in a browser")

@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -215,9 +216,11 @@ class Judge:
             async with AsyncOpenAI(
                 api_key=self._key or NO_KEY, base_url=settings.url, timeout=settings.timeout, max_retries=0
             ) as client:
+                client.organization = client.project = None  # which it would read from the environment, and send
                 await work(client)
 
-        asyncio.run(connected())
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own has an event loop already
+            thread.submit(asyncio.run, connected()).result()
 
     async def _answer(self, client: AsyncOpenAI, prompt: str, is_readable: Callable[[str], bool]) -> str:
         answer = ""

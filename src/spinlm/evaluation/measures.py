@@ -11,6 +11,8 @@ import numpy as np
 from scipy.special import ndtr, stdtrit
 
 BOOTSTRAP_SAMPLES = 2000
+LEAST_CHANGES = 6
+"""Fewer prompts that changed, all of them for the better, can't be told from chance (a sign test's p is above 0.03)."""
 HIGHER_IS_BETTER = {
     "accuracy_sampled": True,
     "accuracy_greedy": True,
@@ -126,7 +128,9 @@ def measure(examples: Sequence[HeldOutExample]) -> dict[str, Measured]:
     return measured
 
 
-def difference(mine: Sequence[HeldOutExample], theirs: Sequence[HeldOutExample], name: str) -> Measured:
+def difference(
+    mine: Sequence[HeldOutExample], theirs: Sequence[HeldOutExample], name: str, choices: int = 1
+) -> Measured:
     """A player's measure minus another's, on the prompts that count for both.
 
     Both are drawn together in the bootstrap: what makes a prompt hard or easy for both is not noise here.
@@ -135,13 +139,16 @@ def difference(mine: Sequence[HeldOutExample], theirs: Sequence[HeldOutExample],
         mine: The player's examples.
         theirs: The other's, of the same prompts in the same order.
         name: One of PARTS.
+        choices: How many players this one was chosen from as the best on the same prompts: the interval is then
+            Bonferroni's, of 1 - 0.05 / choices.
     """
     part = PARTS[name]
     both = [(a, b) for a, b in zip(map(part, mine), map(part, theirs), strict=True) if a is not None and b is not None]
     if not both:
         return Measured(math.nan, math.nan, math.nan, 0)
     sums = np.asarray(both, dtype=float)  # [prompts, player, numerator and denominator]
-    return _difference(sums.sum(axis=0), _drawn_sums(sums), len(sums))
+    changed = int((sums[:, 0] != sums[:, 1]).any(axis=1).sum())
+    return _difference(sums.sum(axis=0), _drawn_sums(sums), len(sums), changed, choices)
 
 
 def unpaired_difference(mine: Sequence[HeldOutExample], theirs: Sequence[HeldOutExample], name: str) -> Measured:
@@ -158,17 +165,18 @@ def unpaired_difference(mine: Sequence[HeldOutExample], theirs: Sequence[HeldOut
         return Measured(math.nan, math.nan, math.nan, 0)
     sums = np.stack([side.sum(axis=0) for side in sides])
     drawn = np.stack([_drawn_sums(side, seed) for seed, side in enumerate(sides)], axis=1)
-    return _difference(sums, drawn, min(map(len, sides)))
+    fewer = min(map(len, sides))
+    return _difference(sums, drawn, fewer, fewer)
 
 
-def _difference(sums: np.ndarray, drawn: np.ndarray, prompts: int) -> Measured:
+def _difference(sums: np.ndarray, drawn: np.ndarray, prompts: int, changed: int, choices: int = 1) -> Measured:
     """Of two fractions, from their sums [player, numerator and denominator] and as many bootstrap draws of them."""
 
     def differences(total: np.ndarray) -> np.ndarray:
         return np.asarray(total[..., 0, 0] / total[..., 0, 1] - total[..., 1, 0] / total[..., 1, 1])
 
-    low, high = _interval(differences(drawn), prompts)
-    if prompts == 1:  # which can't say how much prompts differ: nothing is beyond noise
+    low, high = interval(differences(drawn), prompts, choices)
+    if changed < LEAST_CHANGES:
         low, high = min(low, 0.0), max(high, 0.0)
     return Measured(float(differences(sums)), low, high, prompts)
 
@@ -204,7 +212,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Measure
         return Measured(math.nan, math.nan, math.nan, 0)
     top, bottom = sums.sum(axis=0)
     drawn = _drawn_sums(sums)
-    return Measured(float(top / bottom), *_interval(drawn[:, 0] / drawn[:, 1], len(sums)), len(sums))
+    return Measured(float(top / bottom), *interval(drawn[:, 0] / drawn[:, 1], len(sums)), len(sums))
 
 
 def _drawn_sums(values: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -222,7 +230,7 @@ def _drawn_sums(values: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.stack([np.tensordot(count, values, axes=1) for count in counts])
 
 
-def _interval(drawn: np.ndarray, prompts: int) -> tuple[float, float]:
+def interval(drawn: np.ndarray, prompts: int, choices: int = 1) -> tuple[float, float]:
     """The bootstrap's 95 % interval, by percentiles that are moved out where prompts are few.
 
     Plain percentiles are too narrow by the factor between Student's t with n in its variance and the normal
@@ -230,7 +238,8 @@ def _interval(drawn: np.ndarray, prompts: int) -> tuple[float, float]:
     """
     outside = 0.0
     if prompts > 1:
-        outside = float(ndtr(-math.sqrt(prompts / (prompts - 1)) * stdtrit(prompts - 1, 0.975)))
+        inside = 1 - 0.025 / choices
+        outside = float(ndtr(-math.sqrt(prompts / (prompts - 1)) * stdtrit(prompts - 1, inside)))
     low, high = np.percentile(drawn, (100 * outside, 100 * (1 - outside)))
     return float(low), float(high)
 
@@ -258,7 +267,8 @@ def select_best(candidates: Mapping[str, Mapping[str, Any]], measure_name: str) 
         measure_name: One of HIGHER_IS_BETTER.
     """
     sign = 1 if HIGHER_IS_BETTER[measure_name] else -1
-    return max(candidates, key=lambda name: sign * candidates[name][measure_name]["value"])
+    values = {name: sign * candidate[measure_name]["value"] for name, candidate in candidates.items()}
+    return max(values, key=lambda name: -math.inf if math.isnan(values[name]) else values[name])
 
 
 def _mean(values: Sequence[float | bool]) -> float:

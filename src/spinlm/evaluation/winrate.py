@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spinlm.evaluation.measures import BOOTSTRAP_SAMPLES, Measured, ratio, share
+from spinlm.evaluation.measures import BOOTSTRAP_SAMPLES, Measured, interval, ratio, share
 
 WEAK = 100.0
 """The inverse strength of the L2 penalty on the effect of length: a normal prior of standard deviation 10."""
@@ -69,8 +69,9 @@ def length_controlled_win_rate(comparisons: Sequence[Comparison]) -> Measured:
     differences = length_differences(comparisons)
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=BOOTSTRAP_SAMPLES)
     value = won_at_equal_length(won, differences, np.ones((1, count)))
-    low, high = np.percentile(won_at_equal_length(won, differences, drawn.astype(float)), (2.5, 97.5))
-    return Measured(float(value[0]), float(low), float(high), count)
+    return Measured(
+        float(value[0]), *interval(won_at_equal_length(won, differences, drawn.astype(float)), count), count
+    )
 
 
 def length_differences(comparisons: Sequence[Comparison]) -> Floats:

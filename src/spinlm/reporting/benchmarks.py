@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spinlm.errors import UserError, first_line
+from spinlm.reporting.training_log import weights_hash
 from spinlm.rundir import RunDir, read_json
 
 FOLDER = "benchmarks"
@@ -234,9 +235,9 @@ def _players(folder: Path) -> list[str]:
 
 
 def _results(run: RunDir, folder: Path, player: str, task: str) -> Iterator[dict[str, Any]]:
-    """The one result that is committed, or none."""
+    """The one result that is committed, or none; one of weights that were trained anew since is none."""
     key = (folder / player / f"{task}.json").relative_to(run.path).as_posix()
-    if run.has_record(key):
+    if run.has_record(key) and weights_hash(run, player) in (None, run.record(key)["inputs"].get("player")):
         yield run.committed_json(key)
 
 

@@ -24,7 +24,7 @@ def model_card(
         warnings: Of its iteration.
     """
     recipe = header["recipe"]
-    training, base, kind = recipe["training"], recipe["model"]["name"], "merged model" if merged else "adapter"
+    training, base, kind = recipe["training"], recipe["model"]["name"], "A merged model" if merged else "An adapter"
     return "\n".join(
         [
             "---",
@@ -35,8 +35,7 @@ def model_card(
             "",
             f"# {name}",
             "",
-            f"A {kind} trained from `{base}` by SPIN, Self-Play Fine-Tuning (arXiv 2401.01335), with spinlm "
-            f"{header['versions'].get('spinlm', '')}.",
+            f"{kind} trained from `{base}` by {_method(name)}, with spinlm {header['versions'].get('spinlm', '')}.",
             "",
             f"Dataset: `{recipe['data']['source']}`. Loss: {training['loss']}, beta {training['beta']}, "
             f"learning rate {training['learning_rate']}, seed {recipe['seed']}.",
@@ -48,10 +47,16 @@ def model_card(
     )
 
 
+def _method(name: str) -> str:
+    if is_iteration(name):
+        return "SPIN, Self-Play Fine-Tuning (arXiv 2401.01335)"
+    return f"supervised fine-tuning (`{name}` of a run of SPIN, Self-Play Fine-Tuning, arXiv 2401.01335)"
+
+
 def _measures(name: str, summary: Summary) -> list[str]:
     if name not in summary.measures:
         return ["## Held-out measures", "", "None: this player isn't measured.", ""]
-    others = [other for other in summary.measures if not is_iteration(other)]
+    others = [other for other in summary.measures if other != name and not is_iteration(other)]
     measured = {player: summary.measures[player] for player in (name, *others)}
     rows = [
         [COLUMNS[key], *(with_interval(values[key]) if key in values else "–" for values in measured.values())]
@@ -82,7 +87,9 @@ def _warnings(warnings: Sequence[DiagnosticWarning]) -> list[str]:
 def _limits(summary: Summary) -> list[str]:
     played = sum(map(is_iteration, summary.measures))
     chosen = (
-        f" The best of {played} iterations was chosen by them too, which flatters it a little." if played > 1 else ""
+        f" The best of {played} iterations was chosen by them too, which the differences' intervals allow for."
+        if played > 1
+        else ""
     )
     return [
         "## Limits",

@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from spinlm.reporting.report import with_interval
-from spinlm.rundir import RunDir
+from spinlm.reporting.training_log import weights_hash
+from spinlm.rundir import RunDir, digest
 
 Result = Mapping[str, Any]
 """A committed `result.json`."""
@@ -59,10 +60,30 @@ def judged_tables(run: RunDir, keys: Sequence[str] | None = None) -> list[Judged
 
 
 def judged_results(run: RunDir, keys: Sequence[str] | None = None) -> list[tuple[str, Result]]:
-    """The results themselves, each with its benchmark's name; see `judged_tables`."""
+    """The results themselves, each with its benchmark's name; see `judged_tables`.
+
+    Where different questions (or ways to ask) have one name, it is told apart by a hash.
+    """
     if keys is None:
         keys = [key for record in run.records() if _is_result(key := record["key"]) and _is_current(run, record)]
-    return [(key.split("/")[1], run.committed_json(key, "result.json")) for key in keys]
+    results = {key: run.committed_json(key, "result.json") for key in keys}
+    setups = {key: _setup(run.record(key)["inputs"]) for key in keys}
+    named_alike: dict[tuple[str, str, str], set[str]] = {}
+    for key, result in results.items():
+        named_alike.setdefault(_names(key, result), set()).add(setups[key])
+    for key, result in results.items():
+        if len(named_alike[_names(key, result)]) > 1:
+            result["questions"] += f" ({setups[key]})"
+    return [(key.split("/")[1], result) for key, result in results.items()]
+
+
+def _names(key: str, result: Result) -> tuple[str, str, str]:
+    return key.split("/")[1], result["questions"], result["judge"]
+
+
+def _setup(inputs: Mapping[str, Any]) -> str:
+    """What was asked and how, whoever answered: only results of one setup can be compared."""
+    return digest({name: value for name, value in inputs.items() if name not in ("players", "answers")})[:6]
 
 
 def _arena_table(questions: str, judge: str, results: Sequence[Result]) -> JudgedTable:
@@ -134,9 +155,5 @@ def _is_result(key: str) -> bool:
 
 def _is_current(run: RunDir, record: Mapping[str, Any]) -> bool:
     """Whether its players are still those that the run has under these names."""
-    for name, player in record["inputs"]["players"].items():
-        folder = f"iterations/{name.removeprefix('iteration-')}" if name.startswith("iteration-") else name
-        for key in (f"{folder}/adapter", f"{folder}/model"):
-            if run.has_record(key) and run.record(key)["hash"] != player:
-                return False
-    return True
+    players: Mapping[str, str] = record["inputs"]["players"]
+    return all(weights_hash(run, name) in (None, player) for name, player in players.items())

@@ -123,7 +123,7 @@ def compared_with(other: str, summary: Summary) -> str:
     outcome = summary.outcome(other)
     if outcome.word == "equal":
         return f"It is equal to {other}."
-    noise = "beyond noise" if outcome.beyond_noise else "this may be noise"
+    noise = "beyond noise" if outcome.beyond_noise else "within noise"
     theirs = with_interval(summary.measures[other][summary.select_by])
     change = with_interval(summary.differences[other], signed=True)
     return f"It is {outcome.word} than {other} ({theirs}) by {change}: {noise}."

@@ -127,7 +127,7 @@ def _spent(run: RunDir) -> tuple[Mapping[str, float], Mapping[str, int]]:
     seconds: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
     path = run.path / "timings.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError, KeyError, TypeError):  # a line that was cut short by a crash
             row = json.loads(line)
             seconds[row["what"]] += row["seconds"]

@@ -47,7 +47,8 @@ class Summary:
         measures: Of each player that is measured, by name, in the order of play: measure to its values.
         select_by: The measure that names the best iteration.
         best: The best iteration's player; None where no iteration is measured.
-        differences: The best minus each other player, by `select_by`, prompt by prompt.
+        differences: The best minus each other player, by `select_by`, prompt by prompt. Their intervals allow for its
+            having been chosen among the iterations.
         held_out: How many examples are held out; None while the data aren't prepared.
     """
 
@@ -133,4 +134,5 @@ def _differences(run: RunDir, names: Iterable[str], best: str | None, by: str) -
         return {}
     mine = read_examples(run, best)
     others = {name: read_examples(run, name) for name in names if name != best}
-    return {name: asdict(difference(mine, theirs, by)) for name, theirs in others.items()}
+    played = sum(map(is_iteration, names))
+    return {name: asdict(difference(mine, theirs, by, choices=max(1, played))) for name, theirs in others.items()}

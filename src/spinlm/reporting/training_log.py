@@ -25,6 +25,12 @@ def folder_of(player: str) -> str:
     return f"iterations/{player.removeprefix('iteration-')}" if is_iteration(player) else player
 
 
+def weights_hash(run: RunDir, player: str) -> str | None:
+    """Of the weights that a run has under a player's name; None for the base, and for who isn't trained here."""
+    keys = [f"{folder_of(player)}/{kind}" for kind in ("adapter", "model")]
+    return next((run.hash(key) for key in keys if run.has_record(key)), None)
+
+
 def committed_log(run: RunDir, player: str) -> list[Row]:
     """A player's training, where it is committed; else nothing."""
     key = f"{folder_of(player)}/training.jsonl"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spinlm.reporting.report import heading, with_interval
+from spinlm.reporting.report import COLUMNS, heading, with_interval
 from spinlm.reporting.summary import Summary, is_iteration
 
 State = Literal["running", "unfinished", "finished"]
@@ -64,17 +64,18 @@ def verdict_of(summary: Summary, path: Path, state: State, left: Sequence[str]) 
 
 def _headline(summary: Summary, best: str, start: str) -> tuple[Tone, str]:
     outcome = summary.outcome(start)
+    control = " Continued SFT does better." if _control_is_better(summary) else ""
     if outcome.word == "better" and outcome.beyond_noise:
-        if _control_is_better(summary):
+        if control:
             return "unsure", f"Better than {start}, but continued SFT does better still."
         return "good", f"Yes: {best} is better than {start}, beyond noise."
     if outcome.word == "better":
-        return "unsure", f"Perhaps: {best} is better than {start}, but within noise."
+        return "unsure", f"Perhaps: {best} is better than {start}, but within noise.{control}"
     if outcome.word == "equal":
-        return "unsure", f"No difference: {best} measures the same as {start}."
+        return "unsure", f"No difference: {best} measures the same as {start}.{control}"
     if outcome.beyond_noise:
-        return "bad", f"No: even {best}, the best iteration, is worse than {start}, beyond noise."
-    return "unsure", f"No gain to be seen: {best} is worse than {start}, within noise."
+        return "bad", f"No: even {best}, the best iteration, is worse than {start}, beyond noise.{control}"
+    return "unsure", f"No gain to be seen: {best} is worse than {start}, within noise.{control}"
 
 
 def _reasons(summary: Summary, best: str, start: str) -> list[str]:
@@ -96,7 +97,7 @@ def _reasons(summary: Summary, best: str, start: str) -> list[str]:
     played = sum(is_iteration(name) for name in summary.measures)
     if played > 1:
         reasons.append(
-            f"{best} is the best of {played} iterations on the prompts that chose it, which flatters it a little."
+            f"{best} was chosen among {played} iterations on these prompts: the differences' intervals allow for it."
         )
     return reasons
 
@@ -105,12 +106,26 @@ def _noise(beyond: bool) -> str:
     return "beyond noise, since its whole interval is on one side of 0" if beyond else "within noise"
 
 
+def recommended(summary: Summary, best: str, start: str) -> str:
+    """The player to use: the best iteration where it measures better than the start, unless the control is better."""
+    better = best if summary.outcome(start).word == "better" else start
+    return "control" if _control_is_better(summary) and _is_ahead(summary, "control", better) else better
+
+
+def _is_ahead(summary: Summary, one: str, other: str) -> bool:
+    """By value, within noise or not."""
+    ahead = summary.measures[one][summary.select_by]["value"] - summary.measures[other][summary.select_by]["value"]
+    return ahead > 0 if summary.higher_is_better else ahead < 0
+
+
 def _use(summary: Summary, best: str, start: str) -> str:
-    outcome = summary.outcome(start)
-    if outcome.word == "better" and _control_is_better(summary):
-        return f"the control, which is better than {best}; of the iterations, {best}."
-    if outcome.word == "better":
-        return f"{best}." if outcome.beyond_noise else f"{best}, or {start}: the difference is within noise."
+    player, outcome = recommended(summary, best, start), summary.outcome(start)
+    if player == "control":
+        return f"the control, SFT continued, which is better than {best} beyond noise."
+    if player == best:
+        if outcome.beyond_noise:
+            return f"{best}."
+        return f"{best}, if anything: by {COLUMNS[summary.select_by]} it isn't told from {start}."
     if outcome.word == "worse" and outcome.beyond_noise:
         return f"{start}. No iteration is as good."
     return f"{start}, where self-play started: no iteration measures better."
@@ -125,15 +140,20 @@ def _control_is_better(summary: Summary) -> bool:
 
 
 def _next(summary: Summary, path: Path, state: State, left: Sequence[str]) -> tuple[str, str | None]:
-    if state == "running":
-        return f"Wait: the run is going on; next to be finished is {left[0] if left else 'this page'}.", None
+    if state == "running" and left:
+        return f"Wait: the run is going on; next to be finished is {left[0]}.", None
     if state == "unfinished":
         return f"The run isn't finished: the command that started it goes on, at {left[0]}.", None
     export = f"spinlm export {shlex.quote(str(path))} OUT --merge"
-    if summary.best is None or summary.start is None or summary.outcome(summary.start).word == "better":
+    if summary.best is None or summary.start is None:
+        return "Write the latest iteration as a model of its own:", export
+    player = recommended(summary, summary.best, summary.start)
+    if player == summary.best:
         return "Write the best iteration as a model of its own:", export
-    return (
-        "For a gain, read the warnings, or try other settings from what still holds (spinlm run RECIPE --fork "
-        "NEW_RUN), a lower training.learning_rate first. The best iteration can be had all the same:",
-        export,
+    again = (
+        "For a gain by self-play, read the warnings, or try other settings from what still holds (spinlm run RECIPE "
+        "--fork NEW_RUN), a lower training.learning_rate first."
     )
+    if player == "base":
+        return f"{again} The best iteration can be had all the same:", export
+    return f"{again} To write {player} as a model of its own:", f"{export} --iteration {player}"

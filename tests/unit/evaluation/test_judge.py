@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -369,3 +370,12 @@ class TestTheKey:
                 Judge(JudgeSettings(url, "judge"), tmp_path).check()
         assert server.url in str(raised.value)
         assert "hunter22" not in str(raised.value)
+
+
+def test_in_a_notebook_whose_thread_runs_an_event_loop_already(tmp_path: Path) -> None:
+    with JudgeServer(agree) as server:
+
+        async def cell() -> list[str]:
+            return judge_of(server, tmp_path).ask(["one"], is_readable)
+
+        assert asyncio.run(cell()) == ["one\nVerdict: A"]

@@ -178,9 +178,10 @@ def test_an_example_comes_back_from_its_row() -> None:
 class TestDifference:
     def test_the_same_prompts_are_drawn_for_both(self) -> None:
         """Each prompt is 0.5 nats a token better than before, however hard it is: no noise at all."""
-        before = [_of_nll(nll) for nll in (1.0, 4.0, 9.0)]
-        after = [_of_nll(nll - 0.5) for nll in (1.0, 4.0, 9.0)]
-        assert difference(after, before, "real_nll") == Measured(-0.5, -0.5, -0.5, 3)
+        before = [_of_nll(nll) for nll in (1.0, 4.0, 9.0, 2.0, 3.0, 5.0)]
+        after = [_of_nll(nll - 0.5) for nll in (1.0, 4.0, 9.0, 2.0, 3.0, 5.0)]
+        change = difference(after, before, "real_nll")
+        assert (change.value, change.low, change.high) == pytest.approx((-0.5, -0.5, -0.5))
         assert measure(after)["real_nll"].high > measure(before)["real_nll"].low, "their own intervals overlap"
 
     def test_two_prompts_by_hand(self) -> None:
@@ -199,10 +200,20 @@ class TestDifference:
         assert (change.value, change.prompts) == (3.0, 1)
         assert difference(_examples(), _examples(), "margin").prompts == 0
 
-    def test_one_prompt_says_nothing_about_noise(self) -> None:
-        change = difference([_of_nll(1.0)], [_of_nll(3.0)], "real_nll")
-        assert (change.value, change.low, change.high) == (-2.0, -2.0, 0.0)
-        assert not is_better(change, "real_nll")
+    @pytest.mark.parametrize(("changed", "better"), [(1, False), (5, False), (6, True)])
+    def test_a_few_prompts_that_changed_may_be_chance(self, changed: int, better: bool) -> None:
+        """Six of six the same way have a chance of 1 in 32 in a sign test, five of five of 1 in 16."""
+        change = difference([_of_nll(1.0)] * changed, [_of_nll(3.0)] * changed, "real_nll")
+        assert (change.value, change.low, change.high) == (-2.0, -2.0, -2.0 if better else 0.0)
+        assert is_better(change, "real_nll") is better
+
+    def test_the_best_of_many_has_a_wider_interval(self) -> None:
+        """Bonferroni's: the percentiles of a normal distribution move from 1.96 to 2.81 standard errors for ten."""
+        steps = [NormalDist().inv_cdf((place + 0.5) / 200) for place in range(200)]
+        mine, theirs = [_of_nll(5 + step) for step in steps], [_of_nll(5.0)] * 200
+        alone, of_ten = (difference(mine, theirs, "real_nll", choices) for choices in (1, 10))
+        ratio_of_widths = (of_ten.high - of_ten.low) / (alone.high - alone.low)
+        assert ratio_of_widths == pytest.approx(2.807 / 1.960, rel=0.1)
 
     @pytest.mark.parametrize(
         ("name", "low", "high", "better"),

@@ -14,10 +14,11 @@ def _player(*nlls: float, margins: float = 1.0) -> list[HeldOutExample]:
     return [HeldOutExample(str(i), -nll, 1, [], margins=[margins]) for i, nll in enumerate(nlls)]
 
 
-START = _player(5.0, 3.0, 4.0, 2.0)
-BETTER = _player(4.0, 2.5, 3.0, 1.5)  # on every prompt
-NOISY = _player(3.0, 4.0, 3.0, 1.0)  # better by the same 0.75 on average, but not on all
-A_LITTLE = _player(4.9, 2.9, 3.9, 1.9)
+START = _player(5.0, 3.0, 4.0, 2.0, 5.0, 3.0, 4.0, 2.0)
+BETTER = _player(4.0, 2.5, 3.0, 1.5, 4.0, 2.5, 3.0, 1.5)  # on every prompt
+NOISY = _player(3.0, 4.0, 3.0, 1.0, 3.0, 4.0, 3.0, 1.0)  # better by as much on average, but not on all
+A_LITTLE = _player(*(nll - 0.1 for nll in (5.0, 3.0, 4.0, 2.0, 5.0, 3.0, 4.0, 2.0)))
+A_LITTLE_MORE = _player(*(nll - 0.2 for nll in (5.0, 3.0, 4.0, 2.0, 5.0, 3.0, 4.0, 2.0)))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ A_LITTLE = _player(4.9, 2.9, 3.9, 1.9)
         ([START, BETTER, BETTER], 1),
         ([START, BETTER, START, NOISY], 2),  # worse than the best, though NOISY is on average better than START
         ([START, START, BETTER], 0),
-        ([START, A_LITTLE, _player(4.8, 2.8, 3.8, 1.8)], 0),
+        ([START, A_LITTLE, A_LITTLE_MORE], 0),
     ],
 )
 def test_iterations_without_gain(lineage: list[list[HeldOutExample]], expected: int) -> None:
@@ -53,7 +54,7 @@ def test_patience() -> None:
 @pytest.mark.parametrize(("margins", "stops"), [(1.0, False), (-1.0, True)])
 def test_an_opponent_that_is_not_told_from_people(margins: float, stops: bool) -> None:
     section = StopSection(min_discriminability=0.55)
-    lineage = [START, _player(4.0, 2.5, 3.0, 1.5, margins=margins)]
+    lineage = [START, _player(4.0, 2.5, 3.0, 1.5, 4.0, 2.5, 3.0, 1.5, margins=margins)]
     reason = reason_to_stop(section, lineage, "real_nll")
     assert (reason is not None) is stops
     assert reason is None or "on only 0% of the held-out pairs (stop.min_discriminability: 0.55)" in reason

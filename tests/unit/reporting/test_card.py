@@ -39,7 +39,7 @@ def card(base: str = "org/base", merged: bool = False, *warnings: DiagnosticWarn
 
 
 @pytest.mark.parametrize(
-    ("merged", "library", "kind"), [(False, "peft", "adapter"), (True, "transformers", "merged model")]
+    ("merged", "library", "kind"), [(False, "peft", "An adapter"), (True, "transformers", "A merged model")]
 )
 def test_what_it_is(merged: bool, library: str, kind: str) -> None:
     _, front, text = card(merged=merged).split("---\n", 2)
@@ -48,7 +48,7 @@ def test_what_it_is(merged: bool, library: str, kind: str) -> None:
         "library_name": library,
         "tags": ["spin", "self-play", "spinlm"],
     }
-    assert f"\n# iteration-0\n\nA {kind} trained from `org/base` by SPIN" in text
+    assert f"\n# iteration-0\n\n{kind} trained from `org/base` by SPIN" in text
     assert "with spinlm 9.9." in text
     assert "Dataset: `d`. Loss: hinge, beta [0.1, 5.0], learning rate 5e-07, seed 3." in text
 
@@ -63,7 +63,7 @@ def test_what_it_measures_beside_those_that_are_no_iterations() -> None:
         "By real NLL a token, prompt by prompt:\n"
         "\n"
         "- It is better than base (2.50 [2.00, 3.00]) by -1.25 [-1.50, -1.00]: beyond noise.\n"
-        "- It is worse than control (1.00 [0.80, 1.20]) by +0.250 [-0.100, +0.500]: this may be noise.\n"
+        "- It is worse than control (1.00 [0.80, 1.20]) by +0.250 [-0.100, +0.500]: within noise.\n"
     ) in card()
 
 

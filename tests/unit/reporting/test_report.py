@@ -104,9 +104,9 @@ class TestVerdict:
         [
             (measured(0.4, 0.25, 0.55), "accuracy_sampled", "better by +0.400 [+0.250, +0.550]: beyond noise."),
             (measured(-0.4, -0.55, -0.25), "accuracy_sampled", "worse by -0.400 [-0.550, -0.250]: beyond noise."),
-            (measured(0.1, -0.05, 0.25), "accuracy_sampled", "better by +0.100 [-0.050, +0.250]: this may be noise."),
+            (measured(0.1, -0.05, 0.25), "accuracy_sampled", "better by +0.100 [-0.050, +0.250]: within noise."),
             (measured(-1.25, -2.0, -0.5), "real_nll", "better by -1.25 [-2.00, -0.50]: beyond noise."),
-            (measured(0.5, 0.0, 1.0), "real_nll", "worse by +0.500 [+0.000, +1.000]: this may be noise."),
+            (measured(0.5, 0.0, 1.0), "real_nll", "worse by +0.500 [+0.000, +1.000]: within noise."),
         ],
     )
     def test_the_best_against_where_it_started(self, change: dict[str, float], select_by: str, words: str) -> None:

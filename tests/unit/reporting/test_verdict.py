@@ -39,7 +39,7 @@ def test_better_beyond_noise(tmp_path: Path) -> None:
     )
     assert found.reasons[0].endswith(": beyond noise, since its whole interval is on one side of 0.")
     assert found.reasons[1:] == [
-        "iteration-0 is the best of 2 iterations on the prompts that chose it, which flatters it a little."
+        "iteration-0 was chosen among 2 iterations on these prompts: the differences' intervals allow for it."
     ]
     assert found.use == "iteration-0."
     assert found.command == f"spinlm export '{tmp_path}/runs/my run' OUT --merge"
@@ -51,7 +51,7 @@ def test_perhaps_better(tmp_path: Path) -> None:
     assert (found.tone, found.headline) == ("unsure", "Perhaps: iteration-0 is better than sft, but within noise.")
     assert found.reasons[0].endswith(": within noise.")
     assert len(found.reasons) == 1
-    assert found.use == "iteration-0, or sft: the difference is within noise."
+    assert found.use == "iteration-0, if anything: by accuracy, sampled it isn't told from sft."
     assert found.next == "Write the best iteration as a model of its own:"
 
 
@@ -59,6 +59,8 @@ def test_equal(tmp_path: Path) -> None:
     found = verdict(tmp_path, {"sft": 20, "iteration-0": 20})
     assert (found.tone, found.headline) == ("unsure", "No difference: iteration-0 measures the same as sft.")
     assert found.use == "sft, where self-play started: no iteration measures better."
+    assert found.next.endswith("To write sft as a model of its own:")
+    assert found.command == f"spinlm export {tmp_path} OUT --merge --iteration sft"
 
 
 def test_worse_within_noise(tmp_path: Path) -> None:
@@ -75,7 +77,34 @@ def test_worse_beyond_noise(tmp_path: Path) -> None:
     assert found.headline == "No: even iteration-0, the best iteration, is worse than sft, beyond noise."
     assert found.use == "sft. No iteration is as good."
     assert "a lower training.learning_rate first" in found.next
-    assert found.command is not None
+    assert found.command == f"spinlm export {tmp_path} OUT --merge --iteration sft"
+
+
+def test_better_than_the_base_there_is_nothing_to_write(tmp_path: Path) -> None:
+    found = verdict(tmp_path, {"base": 30, "iteration-0": 10}, sft=None)
+    assert found.use == "base. No iteration is as good."
+    assert found.next.endswith("The best iteration can be had all the same:")
+    assert found.command == f"spinlm export {tmp_path} OUT --merge"
+
+
+@pytest.mark.parametrize(("played", "word"), [(1, "Yes"), (10, "Perhaps")])
+def test_the_best_of_many_may_be_so_by_chance(tmp_path: Path, played: int, word: str) -> None:
+    """14 gained and 4 lost of 40, 2.4 standard errors: enough for the only iteration, but not for the best of ten."""
+    made = MadeRun(tmp_path, {"iterations": played}).data([MadeExample(f"e{place}") for place in range(40)])
+    made.player("base", judged(20))
+    made.player("iteration-0", [Made(right=place < 16 or 20 <= place < 34) for place in range(40)])
+    for t in range(1, played):
+        made.player(f"iteration-{t}", judged(20))
+    assert verdict_of(summarise(made.run), tmp_path, "finished", []).headline.startswith(word)
+
+
+@pytest.mark.parametrize(("changed", "word"), [(5, "Perhaps"), (6, "Yes")])
+def test_a_few_prompts_are_chance(tmp_path: Path, changed: int, word: str) -> None:
+    """All that changed got better, which a sign test believes from six prompts on."""
+    made = MadeRun(tmp_path, {"iterations": 1}).data([MadeExample(f"e{place}") for place in range(6)])
+    made.player("base", [Made(right=False)] * 6)
+    made.player("iteration-0", [Made(right=place < changed) for place in range(6)])
+    assert verdict_of(summarise(made.run), tmp_path, "finished", []).headline.startswith(word)
 
 
 @pytest.mark.parametrize(("right", "word"), [(38, "worse than"), (10, "better than")])
@@ -85,7 +114,8 @@ def test_beside_the_control(tmp_path: Path, right: int, word: str) -> None:
     assert f"Did it need self-play? iteration-0 is {word} the control" in found.reasons[1]
     if word == "worse than":
         assert (found.tone, found.headline) == ("unsure", "Better than sft, but continued SFT does better still.")
-        assert found.use == "the control, which is better than iteration-0; of the iterations, iteration-0."
+        assert found.use == "the control, SFT continued, which is better than iteration-0 beyond noise."
+        assert found.command == f"spinlm export {tmp_path} OUT --merge --iteration control"
     else:
         assert found.tone == "good"
 
@@ -103,9 +133,9 @@ def test_without_sft_it_starts_from_the_base(tmp_path: Path) -> None:
 
 
 def test_a_measure_where_lower_is_better(tmp_path: Path) -> None:
-    made = MadeRun(tmp_path).data([MadeExample(f"e{place}", tokens=10) for place in range(4)])
-    made.player("base", [Made(real_logprob=-20.0)] * 4)
-    made.player("iteration-0", [Made(real_logprob=-10.0)] * 4)
+    made = MadeRun(tmp_path).data([MadeExample(f"e{place}", tokens=10) for place in range(8)])
+    made.player("base", [Made(real_logprob=-20.0)] * 8)
+    made.player("iteration-0", [Made(real_logprob=-10.0)] * 8)
     found = verdict_of(summarise(made.run), tmp_path, "finished", [])
     assert found.headline == "Yes: iteration-0 is better than base, beyond noise."
     assert (
@@ -121,6 +151,10 @@ def test_nothing_measured_yet(tmp_path: Path) -> None:
         "Wait: the run is going on; next to be finished is iteration 0: train.",
         None,
     )
+
+
+def test_a_finished_run_that_is_being_benchmarked_keeps_its_advice(tmp_path: Path) -> None:
+    assert verdict(tmp_path, {"sft": 10, "iteration-0": 30}, "running", []).command is not None
 
 
 def test_interrupted(tmp_path: Path) -> None:
