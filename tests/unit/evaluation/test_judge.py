@@ -376,6 +376,6 @@ def test_in_a_notebook_whose_thread_runs_an_event_loop_already(tmp_path: Path) -
     with JudgeServer(agree) as server:
 
         async def cell() -> list[str]:
-            return judge_of(server, tmp_path).ask(["one"], is_readable)
+            return judge_of(server, tmp_path).ask(PROMPTS[:1], is_readable)
 
-        assert asyncio.run(cell()) == ["one\nVerdict: A"]
+        assert asyncio.run(cell()) == EXPECTED[:1]
