@@ -239,7 +239,8 @@ class TestStop:
         assert not (run / "stopped.json").exists()
 
     def test_goes_on_while_it_gets_better(self, place: Path) -> None:
-        run = _run(place, "better", sft=None, training={"learning_rate": 1e-2, "nll_weight": 5.0}, stop={"patience": 1})
+        training, data = {"learning_rate": 1e-2, "nll_weight": 5.0}, {"held_out": 7}
+        run = _run(place, "better", sft=None, training=training, data=data, stop={"patience": 1})
         assert sorted(path.name for path in (run / "iterations").iterdir()) == ["0", "1"]
         assert not (run / "stopped.json").exists()
 

@@ -35,7 +35,7 @@ def state(page: Path) -> str:
 def test_a_run_leaves_its_report(finished: Path) -> None:
     run = finished / "runs/recipe"
     assert state(run / "report.html") == "finished"
-    assert headline(run / "report.html").startswith("Yes: iteration-1 is better than sft")
+    assert headline(run / "report.html").startswith("Perhaps: iteration-1 is better than sft")
     assert "spinlm export runs/recipe OUT --merge" in (run / "report.html").read_text(encoding="utf-8")
 
 
@@ -142,7 +142,7 @@ def test_a_page_that_can_not_be_written_stops_no_run(place: Path, finished: Path
     (place / "runs/recipe/report.html").mkdir()
     out = succeeded(spinlm(*RUN, cwd=place)).out
     assert "runs/recipe/report.html: not written: IsADirectoryError" in out
-    assert "next: spinlm export runs/recipe OUT" in out
+    assert "next: Write the best iteration as a model of its own: spinlm export runs/recipe OUT --merge" in out
     (place / "runs/recipe/report.html").rmdir()
     assert contents(place / "runs/recipe") == contents(finished / "runs/recipe")
 
@@ -179,7 +179,7 @@ class TestServing:
         assert f"ssh -N -L {found[1]}:127.0.0.1:{found[1]} " in second
         connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=20)
         connection.request("GET", "/")
-        assert "Yes: iteration\u20111 is better than sft" in connection.getresponse().read().decode()
+        assert "Perhaps: iteration\u20111 is better than sft" in connection.getresponse().read().decode()
         server.send_signal(signal.SIGINT)
         _, complaints = server.communicate(timeout=20)
         assert (server.returncode, complaints) == (0, "")

@@ -48,4 +48,4 @@ def test_running_a_finished_run_again_changes_no_byte(copied: Path) -> None:
     before = contents(copied / "runs/recipe", without=())
     again = succeeded(spinlm_process("run", "recipe.yaml", "evaluation.control=true", cwd=copied))
     assert contents(copied / "runs/recipe", without=()) == before
-    assert "next: spinlm export runs/recipe OUT" in again.out
+    assert "next: Write the best iteration as a model of its own: spinlm export runs/recipe OUT --merge" in again.out
