@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -47,6 +48,7 @@ class JudgeServer:
         requests: The body of each request for a verdict, in the order in which they came.
         hellos: Those that only asked whether the judge is there.
         authorization: The header of each request.
+        headers: The names of all headers that came.
         most_at_once: How many were under way at the same time.
     """
 
@@ -64,6 +66,7 @@ class JudgeServer:
         self.requests: list[dict[str, Any]] = []
         self.hellos: list[dict[str, Any]] = []
         self.authorization: list[str | None] = []
+        self.headers: set[str] = set()
         self.most_at_once = 0
         self.together: threading.Barrier | None = None
         self._at_once = 0
@@ -93,7 +96,7 @@ class JudgeServer:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outcome = judge._outcome(self.path, body, self.headers.get("Authorization"))
+                outcome = judge._outcome(self.path, body, self.headers)
                 try:
                     self._send(outcome)
                 finally:
@@ -119,10 +122,11 @@ class JudgeServer:
 
         return Handler
 
-    def _outcome(self, path: str, body: dict[str, Any], authorization: str | None) -> Fault | str:
+    def _outcome(self, path: str, body: dict[str, Any], headers: Message) -> Fault | str:
         prompt = body["messages"][0]["content"]
         with self._lock:
-            self.authorization.append(authorization)
+            self.authorization.append(headers.get("Authorization"))
+            self.headers |= {name.lower() for name in headers}
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
             (self.hellos if prompt == HELLO else self.requests).append(body)

@@ -32,6 +32,8 @@ def _player(place: Path, weights: str) -> torch.nn.Module:
         (("--iteration", "latest"), "iterations/1/adapter"),
         (("--merge",), "best"),
         (("--iteration", "0", "--merge"), "iterations/0/adapter"),
+        (("--iteration", "sft", "--merge"), "sft/adapter"),
+        (("--iteration", "control"), "control/adapter"),
     ],
 )
 def test_loads_as_the_player(
@@ -57,10 +59,10 @@ def test_loads_as_the_player(
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nbase_model: ")
     assert "2401.01335" in card
-    assert (
-        f"| measure | iteration-{(finished / 'runs/recipe' / weights).resolve().parent.name} | base | sft | control |"
-        in card
-    )
+    trained = (finished / "runs/recipe" / weights).resolve().parent.name
+    name = f"iteration-{trained}" if trained.isdigit() else trained
+    others = [other for other in ("base", "sft", "control") if other != name]
+    assert f"| measure | {' | '.join([name, *others])} |" in card
     assert "- It is better than base (5.5" in card
 
 

@@ -372,6 +372,16 @@ class TestTheKey:
         assert "hunter22" not in str(raised.value)
 
 
+def test_who_pays_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client library would send what these variables hold to any server."""
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-secret")
+    with JudgeServer(agree) as server:
+        judge_of(server, tmp_path).ask(PROMPTS[:1], is_readable)
+    assert "authorization" in server.headers
+    assert not [name for name in server.headers if "organization" in name or "project" in name]
+
+
 def test_in_a_notebook_whose_thread_runs_an_event_loop_already(tmp_path: Path) -> None:
     with JudgeServer(agree) as server:
 

@@ -275,6 +275,13 @@ def test_best_is_highest(measure_name: str) -> None:
     assert select_best(_candidates(measure_name, 0.1, 0.9, 0.3), measure_name) == "iteration-1"
 
 
+@pytest.mark.parametrize("measure_name", ["accuracy_greedy", "real_nll"])
+def test_a_player_that_has_no_number_is_never_the_best(measure_name: str) -> None:
+    for values in ((math.nan, 0.9), (0.9, math.nan)):
+        best = select_best(_candidates(measure_name, *values), measure_name)
+        assert best == f"iteration-{values.index(0.9)}"
+
+
 @pytest.mark.parametrize("measure_name", ["real_nll", "truncation_rate", "repetition_rate"])
 def test_best_is_lowest(measure_name: str) -> None:
     assert select_best(_candidates(measure_name, 0.4, 0.9, 0.3), measure_name) == "iteration-2"

@@ -55,6 +55,30 @@ def put(run: RunDir, player: str, task: str, folder: str = "benchmarks/mine", **
         write_json(place, result)
 
 
+def train(run: RunDir, folder: str, weights: str) -> str:
+    """Committed weights, and their hash."""
+    artifact = run.artifact(f"{folder}/adapter", "train", {})
+    with artifact.staging() as place:
+        place.mkdir()
+        (place / "weights").write_text(weights)
+    return artifact.hash
+
+
+def test_of_weights_that_were_trained_anew_no_score_is_shown(run: RunDir) -> None:
+    describe(run)
+    inputs = {"player": train(run, "iterations/0", "old")}
+    with run.artifact("benchmarks/mine/iteration-0/arc_easy.json", "benchmark", inputs).staging() as place:
+        write_json(
+            place, {"scores": {"acc_norm,none": {"value": 0.5, "stderr": 0.03}}, "higher_is_better": {}, **COUNTS}
+        )
+    assert [row.label for row in table(run).rows] == ["iteration-0"]
+    train(run, "iterations/0", "new")
+    assert all(not one.rows for one in benchmark_tables(run))
+
+
+COUNTS = {"num_fewshot": 25, "examples": 100, "truncated": False}
+
+
 def table(run: RunDir) -> BenchmarkTable:
     (one,) = benchmark_tables(run)
     return one

@@ -145,6 +145,20 @@ def test_players_that_are_others_now(run: RunDir) -> None:
     assert [row[0] for row in table.rows] == ["org/other against a.jsonl"]
 
 
+def test_other_questions_of_the_same_name_have_a_table_of_their_own(run: RunDir) -> None:
+    """A file that was edited, say: wins on other questions can't be compared."""
+    for name, questions, rate in (("one", "hash 1", 0.5), ("two", "hash 2", 0.875)):
+        artifact = run.artifact(f"benchmarks/arena/{name}", "benchmark", {"players": {}, "questions": questions})
+        with artifact.staging() as place:
+            place.mkdir()
+            write_json(place / "result.json", arena("iteration-0", "sft", win_rate=measured(rate)))
+    tables = judged_tables(run)
+    assert [table.rows[0][1] for table in tables] == ["0.500 [0.375, 0.625]", "0.875 [0.750, 1.000]"]
+    assert len({table.title for table in tables}) == 2
+    found = [metric.metric for metric in metrics(run) if metric.source == "judge"]
+    assert len(found) == len(set(found)) == 6
+
+
 def test_a_run_without_any(run: RunDir) -> None:
     assert judged_tables(run) == []
 
