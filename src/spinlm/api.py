@@ -22,7 +22,7 @@ from spinlm.reporting.metrics import evaluations_frame, metrics_frame
 from spinlm.reporting.report import Report, Sample, verdict
 from spinlm.reporting.summary import beside_the_others, summarise
 from spinlm.reporting.training_log import folder_of
-from spinlm.reporting.verdict import verdict_of
+from spinlm.reporting.verdict import closing_words
 from spinlm.rundir import RunDir, read_json, write_json
 
 if TYPE_CHECKING:
@@ -183,8 +183,7 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
     _say_samples(stages, report)
     stages.page.conclude()
     stages.progress.say(f"report: {run_dir.path / 'report.html'}")
-    advice = verdict_of(summary, run_dir.path, "finished", [])
-    stages.progress.say(f"use: {advice.use}\nnext: {advice.next} {advice.command or ''}".rstrip())
+    stages.progress.say(closing_words(run_dir, summary))
 
 
 def _samples(stages: Stages, evaluations: list[Evaluation]) -> list[Sample]:
@@ -316,10 +315,7 @@ def _chosen(source: Run, asked: str) -> list[int]:
     known = {str(t): t for t in trained}
     for one in asked.split(","):
         if one.strip() not in known:
-            raise UserError(
-                f"{source.path}: has no trained iteration {one.strip()!r}; there are: {', '.join(known)} "
-                "(spinlm run trains the others of its recipe)"
-            )
+            raise UserError(f"{source.path}: has no trained iteration {one.strip()!r}; trained are: {', '.join(known)}")
     return sorted({known[one.strip()] for one in asked.split(",")})
 
 
@@ -394,7 +390,7 @@ def _weights_of(source: Run, player: str) -> tuple[str, Path]:
     run, kind = RunDir(source.path.resolve()), "adapter" if source.recipe.adapter is not None else "model"
     trained = {one: name for one, name in names.items() if run.has_record(f"{folder_of(name)}/{kind}")}
     if player not in trained:
-        raise UserError(f"{source.path}: has no trained {player!r}; there are: {', '.join(trained) or 'none'}")
+        raise UserError(f"{source.path}: has no trained {player!r}; trained are: {', '.join(trained) or 'none'}")
     return trained[player], run.path / folder_of(trained[player]) / kind
 
 

@@ -299,6 +299,7 @@ def _report(path: Path, out: Path | None) -> None:
     from spinlm.reporting import html
     from spinlm.reporting.report import Report, verdict
     from spinlm.reporting.summary import summarise
+    from spinlm.reporting.verdict import closing_words
     from spinlm.rundir import RunDir, write_text
 
     run_dir = RunDir(path)
@@ -316,6 +317,8 @@ def _report(path: Path, out: Path | None) -> None:
         Console().print(Report(summary, []).table())
     typer.echo(verdict(summary))
     typer.echo(f"report: {out}")
+    if summary.best is not None:
+        typer.echo(closing_words(run_dir, summary, running))
 
 
 def _compare(paths: list[Path], out: Path | None) -> None:

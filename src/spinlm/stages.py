@@ -399,7 +399,7 @@ class Stages(Workshop):
             write_json(place, {"values": values, "warnings": [asdict(one) for one in warned]})
         self.page.update(now=True)
         for one in warned:
-            self.progress.say(f"warning, iteration {iteration}: {one.title}. {one.message} {one.remedy}")
+            self.progress.say(f"warning, iteration {iteration}: {one.title}. {one.message} What helps: {one.remedy}")
 
     def point(self) -> None:
         """Let `latest` and `best` point to the main players that are so by now."""

@@ -132,6 +132,7 @@ class TestScoresAreThoseOfLmEval:
             ours = _scores(unmeasured, "iteration-1", task, "runs/recipe/benchmarks/chat")
             assert _as_lm_eval(ours) == _simple_evaluate(model, folder, task, apply_chat_template=True)
 
+    @pytest.mark.slow
     def test_of_whole_models(self, finished_full: Path, tmp_path: Path) -> None:
         place = tmp_path / "place"
         shutil.copytree(finished_full, place, symlinks=True)

@@ -398,6 +398,7 @@ class TestInterrupted:
             assert len(server.requests) == len(all_prompts) - 5
         assert differing(whole / RUN, ready / RUN) == []
 
+    @pytest.mark.slow
     def test_it_is_killed(self, ready: Path, tmp_path: Path) -> None:
         whole = tmp_path / "whole"
         shutil.copytree(ready, whole, symlinks=True)
@@ -504,8 +505,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (("--iterations", "5"), ("has no trained iteration '5'; there are: 0, 1",)),
-            (("--iterations", "0,5"), ("has no trained iteration '5'; there are: 0, 1",)),
+            (("--iterations", "5"), ("has no trained iteration '5'; trained are: 0, 1",)),
+            (("--iterations", "0,5"), ("has no trained iteration '5'; trained are: 0, 1",)),
             (("--iterations", "worst"), ("has no trained iteration 'worst'",)),
             (
                 ("--against", "iteration-7"),

@@ -138,6 +138,7 @@ class TestRegeneration:
         run = _run(place, "rounds", iterations=1, training=training)
         assert len(rows(run / "iterations/0/rounds/00001.jsonl")) == 4, "six steps of four pairs: one is left"
 
+    @pytest.mark.slow
     def test_killed_within_rounds_it_ends_with_the_same_bytes(self, place: Path) -> None:
         run = _run(place, "rounds", **self.CHANGES)
         write_recipe(place / "again.yaml", {"run_dir": "runs/again", **self.CHANGES})
@@ -176,6 +177,7 @@ class TestKeepBest:
         name = "iterations/0/adapter/adapter_model.safetensors"
         assert (best / name).read_bytes() == (last / name).read_bytes()
 
+    @pytest.mark.slow
     def test_killed_while_training_and_choosing_it_ends_with_the_same_bytes(self, place: Path) -> None:
         changes = {**self.CHANGES, "iterations": 1, "evaluation": {"select_by": "repetition_rate"}}
         run = _run(place, "best", **changes)
@@ -194,6 +196,7 @@ class TestKeepBest:
         )
         assert [name for name in differing(run, place / "runs/again") if name not in ("run.json", "report.md")] == []
 
+    @pytest.mark.slow
     def test_a_fork_takes_over_what_was_kept_or_every_candidate(self, place: Path) -> None:
         changes = {**self.CHANGES, "iterations": 1}
         run = _run(place, "best", **changes)
@@ -206,6 +209,7 @@ class TestKeepBest:
         succeeded(spinlm("run", "recipe.yaml", "--fork", "runs/other", cwd=place))
         assert json.loads((place / "runs/other/iterations/0/kept.json").read_text()) == kept
 
+    @pytest.mark.slow
     def test_a_damaged_candidate_is_found(self, place: Path) -> None:
         write_recipe(place / "recipe.yaml", {**self.CHANGES, "iterations": 1})
         killed_at(before(RECORDED, "commits/iterations--0--kept"), arguments=("run", "recipe.yaml"), cwd=place)
@@ -253,6 +257,7 @@ class TestStop:
         assert f"on only {found:.0%} of the held-out pairs" in stopped["reason"]
 
 
+@pytest.mark.slow
 def test_regeneration_in_several_processes_is_refused(place: Path) -> None:
     two = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
     outcome = spinlm_process("run", "recipe.yaml", "training.regenerate_every=2", cwd=place, launcher=two)

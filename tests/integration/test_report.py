@@ -67,6 +67,11 @@ def test_writing_it_anew_changes_no_byte_and_shows_the_summary(copied: Path) -> 
     assert contents(run, without=()) == before
     assert "iteration 1" in out
     assert "Best iteration: iteration-1, by real_nll: " in out
+    for t in (0, 1):
+        for warning in json.loads((run / f"iterations/{t}/diagnostics.json").read_text())["warnings"]:
+            assert f"iteration-{t}: {warning['title']}" in out.split("warnings, to be read before using a model: ")[1]
+    assert "use: iteration-1, if anything: by real NLL a token it isn't told from sft." in out
+    assert "next: Write the best iteration as a model of its own: spinlm export runs/recipe OUT --merge" in out
     assert out.splitlines()[-1] == "report: runs/recipe/report.html"
 
 

@@ -142,6 +142,7 @@ def test_after_an_interruption(place: Path, offline: None) -> None:
     assert len({path.name.rpartition("-")[2] for path in folders}) == 1
 
 
+@pytest.mark.slow
 def test_killed_outright_event_files_hold_all_of_it(place: Path) -> None:
     """W&B keeps its last lines in memory for a while; TensorBoard doesn't."""
     arguments = (*RUN, "training.report_to=tensorboard")

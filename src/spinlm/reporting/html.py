@@ -258,7 +258,7 @@ def _facts(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
         facts += [(f"SHA-256 of {name or 'the dataset'}", value) for name, value in made_from.items()]
     if run.has_record("layout.json"):
         layout = run.committed_json("layout.json")
-        facts.append(("layout", " – ".join(str(value) for value in layout.values() if value)))
+        facts.append(("layout", " – ".join(filter(None, (layout["layout"], layout["reason"])))))
     if engine := run.recorded_input("engine"):
         facts.append(("generation engine", str(engine)))
     if header["forked_from"]:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spinlm.reporting.diagnostics import diagnostics
 from spinlm.reporting.report import COLUMNS, heading, with_interval
+from spinlm.reporting.status import status
 from spinlm.reporting.summary import Summary, is_iteration
+from spinlm.rundir import RunDir
 
 State = Literal["running", "unfinished", "finished"]
 Tone = Literal["good", "unsure", "bad", "open"]
@@ -157,3 +160,17 @@ def _next(summary: Summary, path: Path, state: State, left: Sequence[str]) -> tu
     if player == "base":
         return f"{again} The best iteration can be had all the same:", export
     return f"{again} To write {player} as a model of its own:", f"{export} --iteration {player}"
+
+
+def closing_words(run: RunDir, summary: Summary, running: bool = False) -> str:
+    """For the terminal: what to mind, which model to use, what to do next.
+
+    Raises:
+        UserError: Something in the run isn't what was committed.
+    """
+    left = [stage.name for stage in status(run) if not stage.is_done]
+    state: State = "running" if running else "unfinished" if left else "finished"
+    found = verdict_of(summary, run.path, state, left)
+    warned = [f"{player}: {one.title}" for player, of in diagnostics(run, run.recipe()).items() for one in of.warnings]
+    mind = [f"warnings, to be read before using a model: {'; '.join(warned)}"] if warned else []
+    return "\n".join([*mind, f"use: {found.use}", f"next: {found.next} {found.command or ''}".rstrip()])
