@@ -72,7 +72,7 @@ def test_writing_it_anew_changes_no_byte_and_shows_the_summary(copied: Path) -> 
             assert f"iteration-{t}: {warning['title']}" in out.split("warnings, to be read before using a model: ")[1]
     assert "use: iteration-1, if anything: by real NLL a token it isn't told from sft." in out
     assert "next: Write the best iteration as a model of its own: spinlm export runs/recipe OUT --merge" in out
-    assert out.splitlines()[-1] == "report: runs/recipe/report.html"
+    assert "\nreport: runs/recipe/report.html\n" in out
 
 
 def test_to_another_place(finished: Path, tmp_path: Path) -> None:
