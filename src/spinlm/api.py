@@ -84,8 +84,11 @@ class Run:
     @property
     def trained(self) -> list[int]:
         """The iterations whose main player is committed."""
-        kind = "adapter" if self.recipe.adapter is not None else "model"
-        return [t for t in range(self.recipe.iterations) if self._run_dir.has_record(f"iterations/{t}/{kind}")]
+        return [
+            t
+            for t in range(self.recipe.iterations)
+            if self._run_dir.has_record(f"iterations/{t}/{self.recipe.weights}")
+        ]
 
     @property
     def evaluations(self) -> DataFrame:
@@ -387,7 +390,7 @@ def _weights_of(source: Run, player: str) -> tuple[str, Path]:
         weights = source.best if player == "best" else source.latest
         return f"iteration-{weights.parent.name}", weights
     names = {str(t): f"iteration-{t}" for t in range(source.recipe.iterations)} | {"sft": "sft", "control": "control"}
-    run, kind = RunDir(source.path.resolve()), "adapter" if source.recipe.adapter is not None else "model"
+    run, kind = RunDir(source.path.resolve()), source.recipe.weights
     trained = {one: name for one, name in names.items() if run.has_record(f"{folder_of(name)}/{kind}")}
     if player not in trained:
         raise UserError(f"{source.path}: has no trained {player!r}; trained are: {', '.join(trained) or 'none'}")

@@ -481,6 +481,11 @@ class Recipe(Section):
     def _regenerates(self) -> bool:
         return self.training.regenerate_every is not None
 
+    @property
+    def weights(self) -> Literal["adapter", "model"]:
+        """What a training leaves, and what it is called in the run directory."""
+        return "model" if self.adapter is None else "adapter"
+
     def differences(self, other: Recipe) -> list[str]:
         """The keys whose values differ, `run_dir` aside, as `key: mine -> theirs`."""
         mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())

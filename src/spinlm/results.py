@@ -17,9 +17,7 @@ from spinlm.evaluation.measures import (
 from spinlm.evaluation.verifiers import correct
 from spinlm.generation.engine import Response
 from spinlm.players.models import Player
-from spinlm.rundir import (
-    digest,
-)
+from spinlm.rundir import digest
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.players.logprobs import Method
 from spinlm.players.models import Player
 from spinlm.reporting.summary import iteration_of, summarise
+from spinlm.reporting.training_log import folder_of
 from spinlm.results import (
     Answers,
     Evaluation,
@@ -76,13 +77,12 @@ class Stages(Workshop):
         key = self._weights_key(f"iterations/{iteration - 1}")
         if not self.is_trained(iteration - 1):
             raise UserError(f"iteration {iteration - 1} isn't trained yet: run spinlm train first")
-        self.run.verify(key)
-        return Player(f"iteration-{iteration - 1}", self.run.path / key, str(self.run.record(key)["hash"]))
+        return self._committed(f"iteration-{iteration - 1}", key)
 
     def trained_players(self) -> dict[str, str]:
         """Where the weights of each player are that this run has trained, by name, in the order of play."""
-        folders = {"sft": "sft", **{f"iteration-{t}": f"iterations/{t}" for t in range(self.recipe.iterations)}}
-        keys = {name: self._weights_key(folder) for name, folder in (folders | {"control": "control"}).items()}
+        names = ["sft", *(f"iteration-{t}" for t in range(self.recipe.iterations)), "control"]
+        keys = {name: self._weights_key(folder_of(name)) for name in names}
         return {name: key for name, key in keys.items() if self.run.has_record(key)}
 
     def player(self, name: str) -> Player:
@@ -103,8 +103,11 @@ class Stages(Workshop):
         if name not in keys:
             there = ", ".join(["base", *keys])
             raise UserError(f"{self.run.path}: {name} isn't trained yet: run spinlm run first; there are: {there}")
-        self.run.verify(keys[name])
-        return Player(name, self.run.path / keys[name], str(self.run.record(keys[name])["hash"]))
+        return self._committed(name, keys[name])
+
+    def _committed(self, name: str, key: str) -> Player:
+        self.run.verify(key)
+        return Player(name, self.run.path / key, self.run.hash(key))
 
     def is_generated(self, iteration: int) -> bool:
         """Whether every shard of an iteration's responses is committed."""

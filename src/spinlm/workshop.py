@@ -416,7 +416,7 @@ class Workshop:
 
     def _weights_key(self, folder: str) -> str:
         """Of the artifact that holds what was trained there."""
-        return f"{folder}/{'adapter' if self.recipe.adapter is not None else 'model'}"
+        return f"{folder}/{self.recipe.weights}"
 
     def _training_arguments(
         self, kind: type[Any], section: SFTSection | TrainingSection, folder: str, directory: Path, **settings: Any

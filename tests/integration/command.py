@@ -155,6 +155,21 @@ def killed_at(*plan: dict[str, str] | None, arguments: tuple[str, ...], cwd: Pat
     assert codes == [0 if place is None else -signal.SIGKILL for place in plan], f"{codes}\n{outcome.err}"
 
 
+def waiting_at(matching: str, arguments: tuple[str, ...], cwd: Path) -> subprocess.Popen[str]:
+    """The command as a process that has stopped before it commits there, and goes on at a line on its input."""
+    where = {"call": "spinlm.rundir:Artifact._commit", "matching": matching, "moment": "wait"}
+    process = subprocess.Popen(
+        [sys.executable, str(KILL_AT), json.dumps([where]), *arguments],
+        cwd=cwd,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert any(line == "waiting\n" for line in process.stdout)
+    return process
+
+
 def before(call: str, matching: str) -> dict[str, str]:
     """A place to be killed at."""
     return {"call": call, "matching": matching, "moment": "before"}

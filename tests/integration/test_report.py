@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import spinlm as package
-from integration.command import KILL_AT, contents, flip_a_byte, refused, rows, spinlm, succeeded
+from integration.command import contents, flip_a_byte, refused, rows, spinlm, succeeded, waiting_at
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
 
@@ -101,16 +101,7 @@ class TestWhileARunGoesOn:
     @pytest.fixture
     def waiting(self, place: Path) -> Iterator[subprocess.Popen[str]]:
         """The command, stopped between two shards of iteration 1's responses until it is told to go on."""
-        where = {"call": "spinlm.rundir:Artifact._commit", "matching": "iterations/1/synthetic/00001", "moment": "wait"}
-        process = subprocess.Popen(
-            [sys.executable, str(KILL_AT), json.dumps([where]), *RUN],
-            cwd=place,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        assert any(line == "waiting\n" for line in process.stdout)
+        process = waiting_at("iterations/1/synthetic/00001", RUN, place)
         yield process
         if process.poll() is None:
             process.communicate("\n")

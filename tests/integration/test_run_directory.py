@@ -7,37 +7,21 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from integration.command import KILL_AT, contents, differing, refused, rows, spinlm, succeeded
+from integration.command import contents, differing, refused, rows, spinlm, succeeded, waiting_at
 from spinlm.rundir import RunDir
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
 
 
-def _waiting(place: Path) -> subprocess.Popen[str]:
-    """The command as a process that has stopped between two shards, and goes on at a line on its input."""
-    where = {"call": "spinlm.rundir:Artifact._commit", "matching": "iterations/0/synthetic/00001", "moment": "wait"}
-    process = subprocess.Popen(
-        [sys.executable, str(KILL_AT), json.dumps([where]), *RUN],
-        cwd=place,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert any(line == "waiting\n" for line in process.stdout)
-    return process
-
-
 @pytest.fixture
 def first(place: Path) -> Iterator[subprocess.Popen[str]]:
-    process = _waiting(place)
+    process = waiting_at("iterations/0/synthetic/00001", RUN, place)
     yield process
     if process.poll() is None:
         process.communicate("\n")

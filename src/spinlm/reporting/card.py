@@ -6,14 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spinlm.reporting.diagnostics import DiagnosticWarning
+from spinlm.evaluation.diagnostics import Warned
 from spinlm.reporting.report import COLUMNS, compared_with, markdown_row, with_interval
 from spinlm.reporting.summary import Summary, is_iteration
 
 
-def model_card(
-    name: str, header: Mapping[str, Any], merged: bool, summary: Summary, warnings: Sequence[DiagnosticWarning]
-) -> str:
+def model_card(name: str, header: Mapping[str, Any], merged: bool, summary: Summary, warnings: Sequence[Warned]) -> str:
     """The README of an exported model.
 
     Args:
@@ -77,7 +75,7 @@ def _measures(name: str, summary: Summary) -> list[str]:
     ]
 
 
-def _warnings(warnings: Sequence[DiagnosticWarning]) -> list[str]:
+def _warnings(warnings: Sequence[Warned]) -> list[str]:
     if not warnings:
         return []
     lines = [f"- **{warning.title}.** {warning.message} {warning.cause} {warning.remedy}" for warning in warnings]

@@ -6,26 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spinlm.config import Recipe
+from spinlm.evaluation.diagnostics import Warned
 from spinlm.rundir import STOPPED, RunDir
-
-
-@dataclass(frozen=True)
-class DiagnosticWarning:
-    """Something that goes wrong, in plain words.
-
-    Attributes:
-        name: The diagnostic's.
-        title: What is wrong.
-        message: By how much.
-        cause: What it mostly comes from.
-        remedy: What to change.
-    """
-
-    name: str
-    title: str
-    message: str
-    cause: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -33,7 +15,7 @@ class Diagnostics:
     """An iteration's: its numbers, and the warnings they give rise to."""
 
     values: Mapping[str, float]
-    warnings: Sequence[DiagnosticWarning]
+    warnings: Sequence[Warned]
 
 
 @dataclass(frozen=True)
@@ -51,7 +33,7 @@ def diagnostics(run: RunDir, recipe: Recipe) -> dict[str, Diagnostics]:
         key = f"iterations/{t}/diagnostics.json"
         if run.has_record(key):
             content = run.committed_json(key)
-            warnings = [DiagnosticWarning(**warning) for warning in content["warnings"]]
+            warnings = [Warned(**warning) for warning in content["warnings"]]
             found[f"iteration-{t}"] = Diagnostics(content["values"], warnings)
     return found
 

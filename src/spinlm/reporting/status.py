@@ -53,7 +53,6 @@ def status(run: RunDir) -> list[StageStatus]:
     train_shards = held_out_shards = 0
     if "data" in keys:
         train_shards, held_out_shards = (_shards(run, part, recipe) for part in ("train", "held_out"))
-    weights = "adapter" if recipe.adapter is not None else "model"
     stages = [StageStatus("data", int("data" in keys), 1, seconds["data"])]
 
     def add(name: str, folder: str, total: int) -> None:
@@ -61,7 +60,7 @@ def status(run: RunDir) -> list[StageStatus]:
         stages.append(StageStatus(name, done, total, seconds[folder], tokens[folder]))
 
     def add_training(name: str, folder: str) -> None:
-        done, log = int(f"{folder}/{weights}" in keys), f"{folder}/training.jsonl"
+        done, log = int(f"{folder}/{recipe.weights}" in keys), f"{folder}/training.jsonl"
         trained_on = sum(row.get("tokens", 0) for row in run.committed_rows(log)) if log in keys else 0
         stages.append(StageStatus(name, done, 1, seconds[folder], int(trained_on)))
 
@@ -110,8 +109,7 @@ def iterations_to_play(run: RunDir, recipe: Recipe) -> int:
     """The recipe's; of a run that stopped, as many as were played."""
     if not run.has_record(STOPPED):
         return recipe.iterations
-    kind = "adapter" if recipe.adapter is not None else "model"
-    trained = [t for t in range(recipe.iterations) if run.has_record(f"iterations/{t}/{kind}")]
+    trained = [t for t in range(recipe.iterations) if run.has_record(f"iterations/{t}/{recipe.weights}")]
     return max(int(run.committed_json(STOPPED)["iterations"]), len(trained))
 
 

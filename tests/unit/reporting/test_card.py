@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from made_run import WARNING
+from spinlm.evaluation.diagnostics import Warned
 from spinlm.reporting.card import model_card
-from spinlm.reporting.diagnostics import DiagnosticWarning
 from spinlm.reporting.summary import Summary
 
 
@@ -26,7 +26,7 @@ MEASURES = {
 DIFFERENCES = {"base": measured(-1.25, -1.5, -1.0), "control": measured(0.25, -0.1, 0.5)}
 
 
-def card(base: str = "org/base", merged: bool = False, *warnings: DiagnosticWarning, **changes: Any) -> str:
+def card(base: str = "org/base", merged: bool = False, *warnings: Warned, **changes: Any) -> str:
     recipe = {
         "model": {"name": base},
         "training": {"loss": "hinge", "beta": [0.1, 5.0], "learning_rate": 5e-7},
@@ -68,7 +68,7 @@ def test_what_it_measures_beside_those_that_are_no_iterations() -> None:
 
 
 def test_warnings_and_limits() -> None:
-    text = card("b", False, DiagnosticWarning(**WARNING))
+    text = card("b", False, Warned(**WARNING))
     assert f"- **{WARNING['title']}.** {WARNING['message']} {WARNING['cause']} {WARNING['remedy']}\n" in text
     assert "(10 prompts). The best of 2 iterations was chosen by them too" in text
     assert "## Warnings" not in card()
