@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spinlm.errors import UserError
+from spinlm.errors import UserError, disk_trouble
 
 app = typer.Typer(
     help="SPIN: self-play fine-tuning for any Hugging Face causal language model.",
@@ -340,7 +339,7 @@ def _serve(path: Path, port: int) -> None:
 
 
 def _iteration(stages: Any, stage: str, asked: int | None) -> int:
-    from spinlm.rundir import STOPPED, read_json
+    from spinlm.rundir import STOPPED
 
     count = stages.recipe.iterations
     if asked is not None:
@@ -348,7 +347,7 @@ def _iteration(stages: Any, stage: str, asked: int | None) -> int:
             raise UserError(f"--iteration {asked}: the recipe has {count} iterations, 0 to {count - 1}")
         return asked
     if stages.run.has_record(STOPPED):
-        reason = read_json(stages.run.path / STOPPED)["reason"]
+        reason = stages.run.committed_json(STOPPED)["reason"]
         raise UserError(f"{stages.run.path}: has stopped, since {reason}; give --iteration to go on all the same")
     is_done = stages.is_generated if stage == "generate" else stages.is_trained
     return next((t for t in range(count) if not is_done(t)), count - 1)
@@ -369,10 +368,9 @@ def main() -> None:
                 "the GPU's memory is full. Nothing committed is lost: lower generation.batch_size or tokens_per_pass, "
                 "or set gradient_checkpointing; in benchmarks, lower --batch-size."
             )
-        if not _is_disk_full(error):
-            raise
-        place = getattr(error, "filename", None) or "the run directory"
-        _fail(f"{place}: the disk is full. Nothing committed is lost: make space, and run the same command again.")
+        if trouble := disk_trouble(error, "the disk"):
+            _fail(str(trouble))
+        raise
 
 
 def _quieten_libraries() -> None:
@@ -395,13 +393,3 @@ def _fail(message: str, code: int = 2) -> None:
     if "LOCAL_RANK" in os.environ:  # one process of several: don't wait for the others to end the group
         os._exit(code)
     raise SystemExit(code)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Libraries that write for us report it each in their own way."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    by_safetensors = type(error).__name__ == "SafetensorError" and "write" in text
-    by_torch = any(words in text for words in ("PytorchStreamWriter", "iostream error", "unexpected pos"))
-    return "No space left on device" in text or by_safetensors or by_torch

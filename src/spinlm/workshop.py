@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -36,13 +35,13 @@ from spinlm.reporting.html import LivePage
 from spinlm.reporting.progress import Progress
 from spinlm.results import Answers, Scores
 from spinlm.rundir import (
+    TIMINGS,
     Artifact,
     Inputs,
     RunDir,
+    add_to_log,
     digest,
     file_hashes,
-    read_json,
-    read_jsonl,
     write_json,
     write_jsonl,
 )
@@ -113,9 +112,9 @@ class Workshop:
                     write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
         self.processes.wait_for_everyone()
         split = Split(
-            train=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "train.jsonl")],
-            held_out=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "held_out.jsonl")],
-            dropped=[Dropped(**row) for row in read_jsonl(artifact.path / "dropped.jsonl")],
+            train=[TokenizedExample(**row) for row in self.run.committed_rows("data", "train.jsonl")],
+            held_out=[TokenizedExample(**row) for row in self.run.committed_rows("data", "held_out.jsonl")],
+            dropped=[Dropped(**row) for row in self.run.committed_rows("data", "dropped.jsonl")],
         )
         _check_measure(self.recipe, split)  # again: a forked run measures the same data by another recipe
         self._say_data(split)
@@ -268,7 +267,8 @@ class Workshop:
             artifact = self.run.artifact("layout.json", "data", inputs)
             with self.processes.main_process_first():  # which copies it, in a forked run
                 is_settled = artifact.is_committed()
-            method = Method(**read_json(artifact.path)) if is_settled else self._choose_method(player, examples)
+            settled = self.run.committed_json(artifact.key) if is_settled else None
+            method = Method(**settled) if settled else self._choose_method(player, examples)
             self.processes.wait_for_everyone()
             if self.processes.is_main_process and not is_settled:
                 with artifact.staging() as place:
@@ -315,7 +315,7 @@ class Workshop:
                     self.page.update()
                 timing["tokens"] = task.tokens
         self.processes.wait_for_everyone()
-        rows = [row for artifact in artifacts for row in read_jsonl(artifact.path)]
+        rows = [row for artifact in artifacts for row in self.run.committed_rows(artifact.key)]
         return rows, digest([artifact.hash for artifact in artifacts])
 
     def _train(
@@ -356,7 +356,7 @@ class Workshop:
                 self._start_wandb(trainer, trackers)
                 if candidates is not None:
                     trainer.add_callback(EachCheckpoint(partial(self._commit_candidate, trainer, candidates, inputs)))
-                rows = train_resumably(trainer, lambda *logged: self._show_training(title, *logged))
+                rows = train_resumably(trainer, lambda *logged: self._show_training(title, *logged), self.progress.say)
                 self._commit_training(trainer, rows, log, weights)
                 sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
             del trainer  # with its optimiser, before anything else is loaded
@@ -379,7 +379,7 @@ class Workshop:
 
     def _last_step(self, folder: str) -> int:
         """Of a training that is committed."""
-        return int(read_jsonl(self.run.path / f"{folder}/training.jsonl")[-1]["step"])
+        return int(self.run.committed_rows(f"{folder}/training.jsonl")[-1]["step"])
 
     def _candidates(self, folder: str, inputs: Inputs, before: int) -> list[Artifact]:
         """The weights at each checkpoint before a step."""
@@ -529,8 +529,10 @@ class Workshop:
         finally:
             if self.processes.is_main_process:
                 timing["seconds"] = round(time.perf_counter() - started, 3)
-                with (self.run.path / "timings.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(timing) + "\n")
+                try:
+                    add_to_log(self.run.path / TIMINGS, timing)
+                except OSError as error:  # never in the way of what happened above
+                    self.progress.say(f"{self.run.path / TIMINGS}: not written: {error.strerror}")
         self.page.update()
 
 

@@ -19,7 +19,16 @@ from transformers import (
 )
 
 from spinlm.errors import UserError
-from spinlm.rundir import file_hashes, flush_to_disk, read_json, write_json
+from spinlm.rundir import (
+    file_hashes,
+    flush_directory,
+    flush_to_disk,
+    make_directory,
+    read_json,
+    sealed,
+    unsealed,
+    write_json,
+)
 
 TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 """What is logged of time: the rest is the same each time a run is repeated."""
@@ -47,8 +56,15 @@ class NonFiniteLoss(UserError):
     """The loss or its gradient is NaN or infinite."""
 
 
-def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[str, Any]]:
+def train_resumably(
+    trainer: Trainer, on_log: OnLog | None = None, say: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
     """Train from the last whole checkpoint, if there is one.
+
+    Args:
+        trainer: What to train.
+        on_log: Called at each logging step.
+        say: Told of each checkpoint that isn't any more what was written.
 
     Returns:
         What was logged at each logging step, timing left out: the same whether interrupted or not.
@@ -64,30 +80,47 @@ def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[
     trainer.add_callback(_CommitCheckpoint(trainer))
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
-    checkpoint = last_checkpoint(directory)
+    if trainer.is_world_process_zero():
+        make_directory(directory)
+    checkpoint = last_checkpoint(directory, say)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     # In one order: a checkpoint gives back its entries sorted.
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    for checkpoint in sorted(directory.glob("checkpoint-*"), key=step_of, reverse=True):
-        if _is_whole(checkpoint):
-            return checkpoint
+def last_checkpoint(directory: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest checkpoint that was written to its end.
+
+    Args:
+        directory: Where a training keeps them.
+        say: Told of each newer one that was written to its end, and isn't any more what was written.
+    """
+    for mark in sorted(directory.glob("checkpoint-*.json"), key=step_of, reverse=True):
+        checkpoint = mark.with_suffix("")
+        try:
+            if marked_hashes(mark) == file_hashes(checkpoint):
+                return checkpoint
+        except ValueError:
+            pass
+        say(f"{checkpoint}: not what was written, so training goes on from before it")
     return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return bool(read_json(_mark(checkpoint)) == file_hashes(checkpoint))
-    except (FileNotFoundError, ValueError):
-        return False
+def mark(checkpoint: Path) -> None:
+    """Put down that a checkpoint is written to its end, once it is on the disk."""
+    flush_to_disk(checkpoint)
+    flush_directory(checkpoint.parent)
+    write_json(checkpoint.with_name(f"{checkpoint.name}.json"), sealed(file_hashes(checkpoint)))
 
 
-def _mark(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f"{checkpoint.name}.json")
+def marked_hashes(mark: Path) -> dict[str, str]:
+    """Of a checkpoint's files, by their names, as the mark beside it has them.
+
+    Raises:
+        ValueError: The mark isn't what was written.
+    """
+    return unsealed(read_json(mark))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -105,8 +138,7 @@ class _CommitCheckpoint(TrainerCallback):
         self._trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            flush_to_disk(checkpoint)
-            write_json(_mark(checkpoint), file_hashes(checkpoint))
+            mark(checkpoint)
             for older in Path(args.output_dir).glob("checkpoint-*"):
                 if step_of(older) < state.global_step:
                     shutil.rmtree(older) if older.is_dir() else older.unlink()
