@@ -523,8 +523,9 @@ def write_text(path: Path, text: str) -> None:
         flush_to_disk(beside)
         flush_directory(path.parent)
         beside.replace(path)
-    finally:
+    except BaseException:
         beside.unlink(missing_ok=True)
+        raise
     flush_directory(path.parent)
 
 

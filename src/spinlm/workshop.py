@@ -42,6 +42,7 @@ from spinlm.rundir import (
     add_to_log,
     digest,
     file_hashes,
+    make_directory,
     write_json,
     write_jsonl,
 )
@@ -352,6 +353,8 @@ class Workshop:
             with self.timed(folder), self._tracked(folder) as trackers:
                 method = self.settle_method(start)
                 model = self.players.main_player(start, seed=self._seed(folder))
+                if self.processes.is_main_process:
+                    make_directory(checkpoints)  # or the Trainer would, and its name might not stay
                 trainer = make_trainer(model, checkpoints, method)
                 self._start_wandb(trainer, trackers)
                 if candidates is not None:

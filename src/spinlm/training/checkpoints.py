@@ -23,7 +23,6 @@ from spinlm.rundir import (
     file_hashes,
     flush_directory,
     flush_to_disk,
-    make_directory,
     read_json,
     sealed,
     unsealed,
@@ -80,8 +79,6 @@ def train_resumably(
     trainer.add_callback(_CommitCheckpoint(trainer))
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
-    if trainer.is_world_process_zero():
-        make_directory(directory)
     checkpoint = last_checkpoint(directory, say)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
