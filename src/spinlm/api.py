@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spinlm import interruption
 from spinlm.config import ModelSection, Recipe
 from spinlm.errors import UserError
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
@@ -143,6 +144,7 @@ def opened(
     from accelerate import PartialState
     from rich.console import Console
 
+    from spinlm.companions import watching
     from spinlm.players.models import find_device
     from spinlm.reporting.progress import Progress
     from spinlm.stages import Stages
@@ -150,7 +152,11 @@ def opened(
     # A barrier may wait for the main process's slowest work: reading the dataset, hashing or saving a model.
     processes = PartialState(cpu=find_device(recipe.model.device).type == "cpu", timeout=timedelta(days=1))
     run_dir = RunDir(Path(recipe.run_dir))
-    with run_dir.locked() if processes.is_main_process else _unlocked():
+    with (
+        interruption.listening(),
+        watching(processes.process_index, processes.num_processes),
+        run_dir.locked() if processes.is_main_process else nullcontext(),
+    ):
         if processes.is_main_process:
             run_dir.begin(recipe, versions(), forked_from)
             broken = run_dir.repair() if repair else []
@@ -165,11 +171,6 @@ def opened(
                 yield stages
             finally:
                 stages.page.end()
-
-
-@contextmanager
-def _unlocked() -> Iterator[None]:
-    yield
 
 
 def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spinlm import interruption
 from spinlm.errors import UserError
 
 app = typer.Typer(
@@ -335,7 +336,7 @@ def _serve(path: Path, port: int) -> None:
     with make_server(RunDir(path), port) as server:
         typer.echo(f"{path}: {address(server)} (Ctrl-C ends it)")
         typer.echo(f"from another machine: {tunnel(server)}, then open {address(server)} there")
-        with suppress(KeyboardInterrupt):
+        with suppress(interruption.Interrupted):
             server.serve_forever()
 
 
@@ -358,11 +359,12 @@ def main() -> None:
     """Entry point: errors for people go to standard error, without a traceback, with exit code 2."""
     _quieten_libraries()
     try:
-        app()
+        with interruption.listening(owns_process=True):
+            app()
     except UserError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here", code=130)
+    except interruption.Interrupted as stop:
+        _fail(str(stop), stop.exit_code)
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             _fail(

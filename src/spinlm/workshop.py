@@ -18,6 +18,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
+from spinlm import interruption
 from spinlm.config import Recipe, SFTSection, TrainingSection
 from spinlm.data.examples import Dropped
 from spinlm.data.formats import load_examples
@@ -401,7 +402,9 @@ class Workshop:
         return missing
 
     def _commit_candidate(self, trainer: Any, candidates: str, inputs: Inputs, step: int) -> None:
-        """The weights at a checkpoint."""
+        """The weights at a checkpoint, but for one that is there only because the run is to end."""
+        if step % self.recipe.training.save_steps:
+            return
         artifact = self.run.artifact(f"{candidates}/{step:06d}", "train", {**inputs, "step": step})
         if self.processes.is_main_process and not artifact.is_committed():
             self._commit_weights(trainer, artifact)
@@ -460,6 +463,7 @@ class Workshop:
         return self.recipe.model_dump(include=set(sections), mode="json") | values
 
     def _needs_making(self, artifact: Artifact) -> bool:
+        interruption.check()
         if artifact.is_committed():
             return False
         if self.run.has_record(artifact.key):

@@ -1,4 +1,4 @@
-"""What every training here needs: checkpoints that count only when whole, resume, and a stop at NaN."""
+"""What every training here needs: checkpoints that count only when whole, resume, stops in order and at NaN."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
+from spinlm import interruption
 from spinlm.errors import UserError
 from spinlm.rundir import file_hashes, flush_to_disk, read_json, write_json
+from spinlm.training.passes import PassTrainer
 
 TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 """What is logged of time: the rest is the same each time a run is repeated."""
@@ -47,7 +49,7 @@ class NonFiniteLoss(UserError):
     """The loss or its gradient is NaN or infinite."""
 
 
-def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[str, Any]]:
+def train_resumably(trainer: PassTrainer[Any], on_log: OnLog | None = None) -> list[dict[str, Any]]:
     """Train from the last whole checkpoint, if there is one.
 
     Returns:
@@ -55,6 +57,7 @@ def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[
 
     Raises:
         NonFiniteLoss: With the step and the last good checkpoint, which is kept.
+        Interrupted: By a signal, once the step is finished and saved.
     """
     directory = Path(str(trainer.args.output_dir))
     trainer.remove_callback(PrinterCallback)
@@ -62,10 +65,12 @@ def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[
     trainer.add_callback(_LogEnd())
     trainer.add_callback(_StopAtNonFinite(directory))
     trainer.add_callback(_CommitCheckpoint(trainer))
+    trainer.add_callback(_StopInOrder(trainer))  # after what commits the checkpoint
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
     checkpoint = last_checkpoint(directory)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with interruption.deferred():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     # In one order: a checkpoint gives back its entries sorted.
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
@@ -96,21 +101,62 @@ def step_of(checkpoint: Path) -> int:
 
 
 class _CommitCheckpoint(TrainerCallback):
-    """Records a checkpoint once all of it is on the disk, then removes the one before."""
+    """Records a checkpoint once all of it is on the disk, then removes the one before.
 
-    def __init__(self, trainer: Trainer) -> None:
+    Trainer begins what it logs anew at a checkpoint. One between two logging steps keeps what is to be logged, too.
+    """
+
+    def __init__(self, trainer: PassTrainer[Any]) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        unlogged = self._unlogged(_checkpoint(args, state))
+        if unlogged.exists():
+            self._trainer.take_up(read_json(unlogged))
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = _checkpoint(args, state)
+        if unlogged := self._trainer.unlogged():
+            write_json(self._unlogged(checkpoint), unlogged)
         self._trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             flush_to_disk(checkpoint)
             write_json(_mark(checkpoint), file_hashes(checkpoint))
             for older in Path(args.output_dir).glob("checkpoint-*"):
                 if step_of(older) < state.global_step:
                     shutil.rmtree(older) if older.is_dir() else older.unlink()
         self._trainer.accelerator.wait_for_everyone()
+
+    def _unlogged(self, checkpoint: Path) -> Path:
+        return checkpoint / f"unlogged-{self._trainer.accelerator.process_index}.json"
+
+
+def _checkpoint(args: Any, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+class _StopInOrder(TrainerCallback):
+    """At a signal to any of the processes: saves a checkpoint after the step that is under way, and ends there."""
+
+    def __init__(self, trainer: PassTrainer[Any]) -> None:
+        self._trainer = trainer
+        self._signal: int | None = None
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._signal = self._of_any_process()
+        if self._signal is not None:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._signal is not None:
+            raise interruption.Interrupted(self._signal, f"after step {state.global_step}, which is saved")
+
+    def _of_any_process(self) -> int | None:
+        accelerator, mine = self._trainer.accelerator, interruption.pending()
+        if accelerator.num_processes == 1:
+            return mine
+        signals = accelerator.gather(torch.tensor([mine or 0], device=accelerator.device))
+        return int(signals.max()) or None
 
 
 class EachCheckpoint(TrainerCallback):

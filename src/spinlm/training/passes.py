@@ -103,6 +103,19 @@ class PassTrainer(Trainer, Generic[Row]):
                 passes += [longest[::2], longest[1::2]]
         return passes
 
+    # --- what is logged as a mean over several steps ---
+
+    def unlogged(self) -> dict[str, Any]:
+        """What has been added up since the last logging step, as JSON has it; empty where nothing has."""
+        if self.state.global_step == self._globalstep_last_logged:
+            return {}
+        return {"last_logged": self._globalstep_last_logged, "loss": self._tr_loss.item()}
+
+    def take_up(self, unlogged: Mapping[str, Any]) -> None:
+        """Go on with what was added up when a checkpoint was written."""
+        self._globalstep_last_logged = unlogged["last_logged"]
+        self._tr_loss += unlogged["loss"]
+
     @contextmanager
     def _gradients_synchronised(self, model: Any, last: bool) -> Iterator[None]:
         """Between processes, in the last pass only, and there only if the Trainer wants it at all."""

@@ -349,6 +349,17 @@ class SPINTrainer(PassTrainer[Pair]):
         metrics["tokens"] = tokens
         return metrics
 
+    def unlogged(self) -> dict[str, Any]:
+        """With the sums of the pairs' metrics."""
+        unlogged = super().unlogged()
+        return {**unlogged, "sums": self._sums["train"].tolist()} if unlogged else {}
+
+    def take_up(self, unlogged: Mapping[str, Any]) -> None:
+        """With the sums of the pairs' metrics."""
+        super().take_up(unlogged)
+        device = self.args.device
+        self._sums["train"] = torch.tensor(unlogged["sums"], dtype=widest_float(device), device=device)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the pairs' metrics to what Trainer logs."""
         if "loss" in logs:
