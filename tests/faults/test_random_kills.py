@@ -94,17 +94,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_shot_at_random(
     name: str, seed: int, baselines: Baselines, server: ForkServer, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    drawn = random.Random(f"{name}/{seed}")
     variant = seed % len(VARIANTS)
     whole, number = baselines[variant], signal.Signals[name]
     play = play_afresh if seed % AFRESH == AFRESH - 1 else server.play
-    shots = drawn.randint(1, 5)
     place = baselines.fresh(tmp_path / "place", variant)
     output, delays, codes = place / "output", [], []
-    for _ in range(shots):
-        delays.append(drawn.uniform(0, 1.6 * whole.seconds / shots))
-        codes.append(play(RUN, place, output, delays[-1], number))
-        if codes[-1] == 0:
+    for delay in drawn_delays(f"{name}/{seed}", whole.seconds):
+        delays.append(delay)
+        codes.append(play(RUN, place, output, delay, number))
+        if codes[-1] == 0:  # it was done before
             break
     if codes[-1] != 0:
         codes.append(play(RUN, place, output, LONGEST, signal.SIGKILL))
@@ -113,6 +111,14 @@ def test_shot_at_random(
     assert codes == [stopped] * (len(codes) - 1) + [0], output.read_text()
     assert "Traceback" not in output.read_text()
     check_finished(whole.place / "runs/recipe", place / "runs/recipe")
+
+
+def drawn_delays(seed: str, seconds: float) -> list[float]:
+    """Of one to five shots, the first before the end of the run."""
+    drawn = random.Random(seed)
+    shots = drawn.randint(1, 5)
+    first = drawn.uniform(0, 0.9 * seconds / shots**0.5)
+    return [first, *(drawn.uniform(0, 1.6 * seconds / shots) for _ in range(shots - 1))]
 
 
 def note(config: pytest.Config, **happened: Any) -> None:

@@ -17,7 +17,6 @@ from integration.command import (
     differing,
     rows,
     spinlm,
-    spinlm_process,
     succeeded,
     waiting_at,
     write_recipe,
@@ -135,43 +134,3 @@ def test_before_anything_is_loaded(here: Path) -> None:
     done = subprocess.run([sys.executable, "-c", lines, *RUN], cwd=here, capture_output=True, text=True)
     assert stopped(Outcome(done.returncode, done.stdout, done.stderr), 143).startswith("spinlm: stopped by SIGTERM")
     assert not (here / "runs").exists()
-
-
-class TestTwoProcesses:
-    LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
-    LONG = ("iterations=1", "training.num_train_epochs=40", "training.save_steps=60", "training.logging_steps=1")
-
-    @pytest.fixture(scope="class")
-    def whole_of_two(self, tmp_path_factory: pytest.TempPathFactory, whole: Path) -> Path:
-        arguments = (*RUN, *self.LONG, "run_dir=runs/two")
-        succeeded(spinlm_process(*arguments, cwd=whole, launcher=self.LAUNCHER[1:], OMP_NUM_THREADS="1"))
-        return whole / "runs/two"
-
-    @staticmethod
-    def start(place: Path) -> subprocess.Popen[str]:
-        """The command, when it has taken some steps of iteration 0."""
-        process = subprocess.Popen(
-            [*TestTwoProcesses.LAUNCHER, *RUN, *TestTwoProcesses.LONG, "run_dir=runs/two"],
-            cwd=place,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        assert any("iteration 0: train step 5/" in line for line in process.stdout)
-        return process
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_all_of_them_end_in_order(self, here: Path, whole_of_two: Path, number: int) -> None:
-        process = self.start(here)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode != 0
-        assert err.count(f"stopped by {signal.Signals(number).name} after step") == 2
-        (training,) = (here / "runs/two/checkpoints/iterations/0").iterdir()
-        assert last_checkpoint(training) is not None
-        arguments = (*RUN, *self.LONG, "run_dir=runs/two")
-        resumed = succeeded(spinlm_process(*arguments, cwd=here, launcher=self.LAUNCHER[1:], OMP_NUM_THREADS="1"))
-        assert "iteration 0: train step 5/" not in resumed.out
-        assert differing(whole_of_two, here / "runs/two") == []

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from spinlm.errors import UserError, first_line
+from spinlm.interruption import Interrupted
 from spinlm.rundir import digest, read_json, write_json
 
 if TYPE_CHECKING:
@@ -212,6 +213,9 @@ class Judge:
         from openai import AsyncOpenAI
 
         async def connected() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            asking.append((asyncio.get_running_loop(), task))
             settings = self._settings
             async with AsyncOpenAI(
                 api_key=self._key or NO_KEY, base_url=settings.url, timeout=settings.timeout, max_retries=0
@@ -219,8 +223,14 @@ class Judge:
                 client.organization = client.project = None  # which it would read from the environment, and send
                 await work(client)
 
+        asking: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
         with ThreadPoolExecutor(1) as thread:  # a notebook's own has an event loop already
-            thread.submit(asyncio.run, connected()).result()
+            try:
+                thread.submit(asyncio.run, connected()).result()
+            except Interrupted:
+                for loop, task in asking:
+                    loop.call_soon_threadsafe(task.cancel)
+                raise
 
     async def _answer(self, client: AsyncOpenAI, prompt: str, is_readable: Callable[[str], bool]) -> str:
         answer = ""
