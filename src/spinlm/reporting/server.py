@@ -170,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: ReportServer
     raw_requestline: bytes
+    requestline = ""
     server_version = "spinlm"
     sys_version = ""
     timeout = SECONDS_TO_ANSWER
