@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import sys
+import traceback
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spinlm.errors import UserError
+from spinlm.errors import UserError, without_secrets
 
 app = typer.Typer(
     help="SPIN: self-play fine-tuning for any Hugging Face causal language model.",
@@ -381,7 +382,8 @@ def main() -> None:
                 "or set gradient_checkpointing; in benchmarks, lower --batch-size."
             )
         if not _is_disk_full(error):
-            raise
+            sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+            raise SystemExit(1) from None
         place = getattr(error, "filename", None) or "the run directory"
         _fail(f"{place}: the disk is full. Nothing committed is lost: make space, and run the same command again.")
 
