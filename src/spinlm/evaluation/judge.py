@@ -204,12 +204,16 @@ class Judge:
     # --- asking ---
 
     def _run(self, work: Callable[[AsyncOpenAI], Coroutine[Any, Any, None]]) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         async def connected() -> None:
-            settings = self._settings
+            settings, stays = self._settings, DefaultAsyncHttpxClient(follow_redirects=False)
             async with AsyncOpenAI(
-                api_key=self._key or NO_KEY, base_url=settings.url, timeout=settings.timeout, max_retries=0
+                api_key=self._key or NO_KEY,
+                base_url=settings.url,
+                timeout=settings.timeout,
+                max_retries=0,
+                http_client=stays,  # what is sent goes to this URL and nowhere else
             ) as client:
                 client.organization = client.project = None  # which it would read from the environment, and send
                 await work(client)

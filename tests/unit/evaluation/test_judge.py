@@ -375,6 +375,16 @@ class TestTheKey:
         assert not server.authorization
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_it_is_not_sent_on(tmp_path: Path, status: int) -> None:
+    """Neither the key nor the answers go where a server points to."""
+    with JudgeServer(agree) as other, JudgeServer(agree) as server:
+        server.hello = error(status, "moved", Location=f"{other.url}/chat/completions")
+        with pytest.raises(UserError, match=f"answers {status}"):
+            judge_of(server, tmp_path).check()
+    assert not other.authorization
+
+
 def test_who_pays_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client library would send what these variables hold to any server."""
     monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
