@@ -178,6 +178,20 @@ def test_a_library_that_shows_the_whole_environment(copied: Path) -> None:
     assert_none_in(files_of(copied) | said(shown))
 
 
+def test_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a bug, which is shown as it is but for keys."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError(f"Illegal header value b'Bearer {KEYS['HF_TOKEN']}'")
+
+    monkeypatch.setattr("spinlm.reporting.status.status", refuse)
+    shown = command("status", "run", cwd=tmp_path)
+    assert shown.code == 1
+    assert "Traceback" in shown.err
+    assert shown.err.endswith("RuntimeError: Illegal header value b'Bearer [key]'\n")
+    assert_none_in(said(shown))
+
+
 def test_a_secret_in_a_recipe(place: Path) -> None:
     """It is refused before anything is written."""
     source = f"data.source=https://me:{PASSWORD}@example.com/data.jsonl"
