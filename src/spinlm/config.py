@@ -521,7 +521,30 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         UserError: With one line for each key that doesn't fit.
     """
+    _refuse_secrets(tree, where)
     return validated(Recipe, tree, where)
+
+
+_SECRET_KEY = re.compile(r"(api_?key|(^|hub_|hf_|auth_|access_|api_)token|password|secret)$", re.IGNORECASE)
+_URL_WITH_SECRET = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
+
+
+def _refuse_secrets(value: Any, where: str, key: str = "") -> None:
+    """A recipe is kept in the run directory and shown in the report.
+
+    Raises:
+        UserError: Something in it is a key, a token or a password, which isn't repeated.
+    """
+    if isinstance(value, Mapping | list):
+        for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _refuse_secrets(each, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and (
+        (value and _SECRET_KEY.search(key.rpartition(".")[2])) or _URL_WITH_SECRET.match(value)
+    ):
+        raise UserError(
+            f"{where}: {key}: holds a secret, and a recipe is kept in the run and shown in its report: take it out, "
+            "and give it in the environment (HF_TOKEN for the hub, WANDB_API_KEY for Weights & Biases)"
+        )
 
 
 def validated(schema: type[SectionType], tree: Mapping[str, Any], where: str) -> SectionType:
