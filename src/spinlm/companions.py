@@ -116,7 +116,8 @@ class _Watch(threading.Thread):
                 reasons = (self._why_gone(other) for other in self._others)
                 self._gone = self._gone or next((reason for reason in reasons if reason), None)
             except (DistError, RuntimeError):
-                self._gone = _sentence("the process that the others are connected by (the launcher, or process 0)")
+                dead = (_sentence(self._known_as(other)) for other in self._others if self._is_dead(other))
+                self._gone = next(dead, _sentence("what connects the processes (the launcher, or process 0)"))
             return self._gone
 
     def end(self, state: State) -> None:
@@ -135,24 +136,28 @@ class _Watch(threading.Thread):
 
     def _why_gone(self, other: int) -> str | None:
         now = time.monotonic()
-        if not self._store.check([_key(other)]):
-            self._heard.setdefault(other, ({}, now))
-            sign, since = self._heard[other]
-        else:
-            sign = json.loads(self._store.get(_key(other)))
-            before, since = self._heard.get(other, ({}, now))
-            since = now if sign != before else since
-            self._heard[other] = sign, since
-        name = f"process {other}" + (f" (pid {sign['pid']} on {sign['host']})" if sign else "")
+        is_heard = self._store.check([_key(other)])
+        sign = json.loads(self._store.get(_key(other))) if is_heard else {}
+        before, since = self._heard.get(other, (sign, now))
+        self._heard[other] = sign, since if sign == before else now
         match sign.get("state"):
             case "done":
                 return None
             case "failed":
-                return _sentence(name, "has failed")
+                return _sentence(self._known_as(other), "has failed")
             case "stopped":  # by a signal, which this process may have had too
-                return None if interruption.pending() else _sentence(name, "was stopped")
-        is_dead = sign.get("host") == socket.gethostname() and not _is_alive(sign["pid"])
-        return _sentence(name) if is_dead or now - since > SILENCE else None
+                return None if interruption.pending() else _sentence(self._known_as(other), "was stopped")
+        is_silent = now - self._heard[other][1] > SILENCE
+        return _sentence(self._known_as(other)) if is_silent or self._is_dead(other) else None
+
+    def _is_dead(self, other: int) -> bool:
+        """Whether that is seen on this machine, by what it said last."""
+        sign, _ = self._heard.get(other, ({}, 0.0))
+        return sign.get("host") == socket.gethostname() and not _is_alive(sign["pid"])
+
+    def _known_as(self, other: int) -> str:
+        sign, _ = self._heard.get(other, ({}, 0.0))
+        return f"process {other}" + (f" (pid {sign['pid']} on {sign['host']})" if sign else "")
 
 
 def _sentence(name: str, what: str = "has died or can't be reached") -> str:
