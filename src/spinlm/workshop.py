@@ -353,6 +353,7 @@ class Workshop:
                 method = self.settle_method(start)
                 model = self.players.main_player(start, seed=self._seed(folder))
                 trainer = make_trainer(model, checkpoints, method)
+                trainer.watch.say = lambda skipped: self.progress.say(f"{title} {skipped}")
                 self._start_wandb(trainer, trackers)
                 if candidates is not None:
                     trainer.add_callback(EachCheckpoint(partial(self._commit_candidate, trainer, candidates, inputs)))

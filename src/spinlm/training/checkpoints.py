@@ -1,8 +1,7 @@
-"""What every training here needs: checkpoints that count only when whole, resume, and a stop at NaN."""
+"""What every training here needs: checkpoints that count only when whole, and resume."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from spinlm.errors import UserError
 from spinlm.rundir import file_hashes, flush_to_disk, read_json, write_json
+from spinlm.training.nonfinite import NonFiniteLoss
 
 TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 """What is logged of time: the rest is the same each time a run is repeated."""
@@ -43,10 +42,6 @@ class Arguments(TrainingArguments):
         return min(int(super().get_warmup_steps(num_training_steps)), num_training_steps - 1)
 
 
-class NonFiniteLoss(UserError):
-    """The loss or its gradient is NaN or infinite."""
-
-
 def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[str, Any]]:
     """Train from the last whole checkpoint, if there is one.
 
@@ -54,18 +49,20 @@ def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[
         What was logged at each logging step, timing left out: the same whether interrupted or not.
 
     Raises:
-        NonFiniteLoss: With the step and the last good checkpoint, which is kept.
+        NonFiniteLoss: With the step, what it was trained on, and the last good checkpoint, which is kept.
     """
     directory = Path(str(trainer.args.output_dir))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_LogEnd())
-    trainer.add_callback(_StopAtNonFinite(directory))
     trainer.add_callback(_CommitCheckpoint(trainer))
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
     checkpoint = last_checkpoint(directory)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NonFiniteLoss as found:
+        raise found.keeping(last_checkpoint(directory)) from None
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     # In one order: a checkpoint gives back its entries sorted.
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
@@ -125,38 +122,11 @@ class EachCheckpoint(TrainerCallback):
 
 
 class _LogEnd(TrainerCallback):
-    """The last steps are logged (and so checked) too, where they don't fill a logging interval."""
+    """The last steps are logged too, where they don't fill a logging interval."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-class _StopAtNonFinite(TrainerCallback):
-    """Checks what is logged, before the checkpoint of the same step is written."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        # In float16 an infinite gradient is how the loss scale is found: that step is skipped.
-        for name in ("loss", "margin") if args.fp16 else ("loss", "margin", "grad_norm"):
-            value = (logs or {}).get(name, 0.0)
-            if not math.isfinite(value):
-                checkpoint = last_checkpoint(self._directory)
-                kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before"
-                raise NonFiniteLoss(
-                    f"training stopped at step {state.global_step}: the {name.replace('_', ' ')} is {value}; {kept}. "
-                    "Lower learning_rate or beta, raise warmup_steps, or train in float32 (a run goes on with "
-                    "another recipe by --fork NEW_RUN)."
-                )
 
 
 class _Report(TrainerCallback):
