@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spinlm.config import ModelSection, Recipe
-from spinlm.errors import UserError
+from spinlm.errors import OutOfMemory, UserError
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.card import model_card
 from spinlm.reporting.diagnostics import diagnostics
@@ -163,8 +163,22 @@ def opened(
         with closing(Stages(recipe, run_dir, progress, only, repair)) as stages:
             try:
                 yield stages
+            except OutOfMemory as error:
+                raise error.with_estimate(_estimate(stages, error)) from None
             finally:
                 stages.page.end()
+
+
+def _estimate(stages: Stages, error: OutOfMemory) -> str:
+    """What was planned for whatever ran out of memory; nothing where that can't be found out now."""
+    from spinlm.planning import estimate
+
+    error.with_traceback(None).__context__ = None  # and with it what the frames hold that were interrupted
+    try:
+        stages.players.forget()
+        return estimate(stages.recipe, error.phase, stages.data, stages.processes.num_processes) if error.phase else ""
+    except Exception:
+        return ""
 
 
 @contextmanager

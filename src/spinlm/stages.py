@@ -22,7 +22,6 @@ from spinlm.evaluation.measures import (
 )
 from spinlm.evaluation.stopping import reason_to_stop
 from spinlm.generation.engine import Request, Sampling, request_seed
-from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.players.logprobs import Method
 from spinlm.players.models import Player
 from spinlm.reporting.summary import iteration_of, summarise
@@ -307,7 +306,7 @@ class Stages(Workshop):
         sampling = Sampling.of(self.recipe.generation)
 
         def answer(model: Any, number: int, pairs: Sequence[Pair]) -> list[Pair]:
-            seed, engine = self.recipe.seed, TransformersEngine(model, self.renderer, self.recipe.generation.batch_size)
+            seed, engine = self.recipe.seed, self._transformers_engine(model)
             requests = [Request(p.prompt_ids, request_seed(seed, folder, number, i)) for i, p in enumerate(pairs)]
             responses = engine.generate(requests, sampling)
             return [regenerated(pair, response, number) for pair, response in zip(pairs, responses, strict=True)]
