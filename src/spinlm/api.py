@@ -10,6 +10,7 @@ from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING
 
 from spinlm.config import ModelSection, Recipe
@@ -173,7 +174,8 @@ def _estimate(stages: Stages, error: OutOfMemory) -> str:
     """What was planned for whatever ran out of memory; nothing where that can't be found out now."""
     from spinlm.planning import estimate
 
-    error.with_traceback(None).__context__ = None  # and with it what the frames hold that were interrupted
+    clear_frames(error.__traceback__)  # of what was interrupted, and what it holds
+    error.__context__ = None
     try:
         stages.players.forget()
         return estimate(stages.recipe, error.phase, stages.data, stages.processes.num_processes) if error.phase else ""
