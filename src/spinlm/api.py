@@ -10,11 +10,12 @@ from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING
 
 from spinlm import interruption
 from spinlm.config import ModelSection, Recipe
-from spinlm.errors import UserError
+from spinlm.errors import OutOfMemory, UserError
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.card import model_card
 from spinlm.reporting.diagnostics import diagnostics
@@ -169,8 +170,23 @@ def opened(
         with closing(Stages(recipe, run_dir, progress, only, repair)) as stages:
             try:
                 yield stages
+            except OutOfMemory as error:
+                raise error.with_estimate(_estimate(stages, error)) from None
             finally:
                 stages.page.end()
+
+
+def _estimate(stages: Stages, error: OutOfMemory) -> str:
+    """What was planned for whatever ran out of memory; nothing where that can't be found out now."""
+    from spinlm.planning import estimate
+
+    clear_frames(error.__traceback__)  # of what was interrupted, and what it holds
+    error.__context__ = None
+    try:
+        stages.players.forget()
+        return estimate(stages.recipe, error.phase, stages.data, stages.processes.num_processes) if error.phase else ""
+    except Exception:
+        return ""
 
 
 def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:

@@ -378,10 +378,10 @@ def main() -> None:
     except interruption.Interrupted as stop:
         _fail(str(stop), stop.exit_code)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if _is_out_of_memory(error):
             _fail(
-                "the GPU's memory is full. Nothing committed is lost: lower generation.batch_size or tokens_per_pass, "
-                "or set gradient_checkpointing; in benchmarks, lower --batch-size."
+                "memory has run out. Nothing committed is lost: what else runs on this machine or its GPU takes memory "
+                "too, and spinlm plan RECIPE says what a run needs."
             )
         if not _is_disk_full(error):
             sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
@@ -410,6 +410,14 @@ def _fail(message: str, code: int = 2) -> None:
     if "LOCAL_RANK" in os.environ:  # one process of several: don't wait for the others to end the group
         os._exit(code)
     raise SystemExit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from spinlm.hardware import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _is_disk_full(error: Exception) -> bool:

@@ -34,6 +34,32 @@ def without_secrets(text: str) -> str:
     return _IN_A_URL.sub("[key]", text)
 
 
+class OutOfMemory(UserError):
+    """Memory has run out.
+
+    Attributes:
+        phase: What needed it, as `spinlm plan` calls it: `sft`, `train`, `score`, `generate`; empty where it doesn't.
+    """
+
+    def __init__(self, what: str, words: str, phase: str, remedy: str, estimate: str = "") -> None:
+        """
+        Args:
+            what: What was going on.
+            words: Of the library that asked for memory.
+            phase: As above.
+            remedy: Which settings to change.
+            estimate: What `spinlm plan` says of it.
+        """
+        self.phase = phase
+        self._parts = (what, words, phase, remedy)
+        sentences = [f"{what}: memory has run out ({words})", "Nothing committed is lost", remedy, estimate]
+        super().__init__(". ".join(filter(None, sentences)) + ".")
+
+    def with_estimate(self, estimate: str) -> OutOfMemory:
+        """The same, with what `spinlm plan` says of it."""
+        return OutOfMemory(*self._parts, estimate)
+
+
 def first_line(error: Exception) -> str:
     """What another library says is wrong, without the pages that may follow."""
     text = str(error).strip()

@@ -1,8 +1,7 @@
-"""What every training here needs: checkpoints that count only when whole, resume, stops in order and at NaN."""
+"""What every training here needs: checkpoints that count only when whole, resume, and stops in order."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,8 @@ from transformers import (
 )
 
 from spinlm import interruption
-from spinlm.errors import UserError
 from spinlm.rundir import file_hashes, flush_to_disk, read_json, write_json
+from spinlm.training.nonfinite import NonFiniteLoss
 from spinlm.training.passes import PassTrainer
 
 TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -45,10 +44,6 @@ class Arguments(TrainingArguments):
         return min(int(super().get_warmup_steps(num_training_steps)), num_training_steps - 1)
 
 
-class NonFiniteLoss(UserError):
-    """The loss or its gradient is NaN or infinite."""
-
-
 def train_resumably(trainer: PassTrainer[Any], on_log: OnLog | None = None) -> list[dict[str, Any]]:
     """Train from the last whole checkpoint, if there is one.
 
@@ -56,21 +51,23 @@ def train_resumably(trainer: PassTrainer[Any], on_log: OnLog | None = None) -> l
         What was logged at each logging step, timing left out: the same whether interrupted or not.
 
     Raises:
-        NonFiniteLoss: With the step and the last good checkpoint, which is kept.
+        NonFiniteLoss: With the step, what it was trained on, and the last good checkpoint, which is kept.
         Interrupted: By a signal, once the step is finished and saved.
     """
     directory = Path(str(trainer.args.output_dir))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_LogEnd())
-    trainer.add_callback(_StopAtNonFinite(directory))
     trainer.add_callback(_CommitCheckpoint(trainer))
     trainer.add_callback(_StopInOrder(trainer))  # after what commits the checkpoint
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
     checkpoint = last_checkpoint(directory)
-    with interruption.deferred():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with interruption.deferred():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NonFiniteLoss as found:
+        raise found.keeping(last_checkpoint(directory)) from None
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     # In one order: a checkpoint gives back its entries sorted.
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
@@ -171,38 +168,11 @@ class EachCheckpoint(TrainerCallback):
 
 
 class _LogEnd(TrainerCallback):
-    """The last steps are logged (and so checked) too, where they don't fill a logging interval."""
+    """The last steps are logged too, where they don't fill a logging interval."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-class _StopAtNonFinite(TrainerCallback):
-    """Checks what is logged, before the checkpoint of the same step is written."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        # In float16 an infinite gradient is how the loss scale is found: that step is skipped.
-        for name in ("loss", "margin") if args.fp16 else ("loss", "margin", "grad_norm"):
-            value = (logs or {}).get(name, 0.0)
-            if not math.isfinite(value):
-                checkpoint = last_checkpoint(self._directory)
-                kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before"
-                raise NonFiniteLoss(
-                    f"training stopped at step {state.global_step}: the {name.replace('_', ' ')} is {value}; {kept}. "
-                    "Lower learning_rate or beta, raise warmup_steps, or train in float32 (a run goes on with "
-                    "another recipe by --fork NEW_RUN)."
-                )
 
 
 class _Report(TrainerCallback):
