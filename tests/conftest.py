@@ -19,6 +19,11 @@ import tiny
 from integration import command
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kill-runs", type=int, default=2, help="How many runs are killed at random moments.")
+    parser.addoption("--faults-log", default=None, help="A file for what happened in each of them.")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the datasets library makes of our files is kept apart, here and in the processes that are started."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,15 @@ OTHER_JSON = Fault(body='{"hello": "world"}')
 NO_CHOICES = Fault(body='{"id": "1", "object": "chat.completion", "choices": []}')
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has hung up in the midst of a request isn't worth a word; any other error is."""
+        if not isinstance(sys.exc_info()[1], OSError | json.JSONDecodeError):
+            super().handle_error(request, client_address)
+
+
 class JudgeServer:
     """Use it as a context manager.
 
@@ -72,8 +82,7 @@ class JudgeServer:
         self._at_once = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
 
     @property
     def url(self) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING
 
+from spinlm import interruption
 from spinlm.config import ModelSection, Recipe
-from spinlm.errors import UserError, writing
+from spinlm.errors import OutOfMemory, UserError, writing
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.card import model_card
 from spinlm.reporting.diagnostics import diagnostics
@@ -145,6 +147,7 @@ def opened(
     from accelerate import PartialState
     from rich.console import Console
 
+    from spinlm.companions import watching
     from spinlm.players.models import find_device
     from spinlm.reporting.progress import Progress
     from spinlm.stages import Stages
@@ -152,7 +155,12 @@ def opened(
     # A barrier may wait for the main process's slowest work: reading the dataset, hashing or saving a model.
     processes = PartialState(cpu=find_device(recipe.model.device).type == "cpu", timeout=timedelta(days=1))
     run_dir = RunDir(Path(recipe.run_dir))
-    with writing(run_dir.path), run_dir.locked() if processes.is_main_process else _unlocked():
+    with (
+        interruption.listening(),
+        watching(processes.process_index, processes.num_processes),
+        writing(run_dir.path),
+        run_dir.locked() if processes.is_main_process else nullcontext(),
+    ):
         if processes.is_main_process:
             broken = run_dir.begin(recipe, versions(), forked_from, repair)
         processes.wait_for_everyone()
@@ -163,13 +171,23 @@ def opened(
         with closing(Stages(recipe, run_dir, progress, only, repair)) as stages:
             try:
                 yield stages
+            except OutOfMemory as error:
+                raise error.with_estimate(_estimate(stages, error)) from None
             finally:
                 stages.page.end()
 
 
-@contextmanager
-def _unlocked() -> Iterator[None]:
-    yield
+def _estimate(stages: Stages, error: OutOfMemory) -> str:
+    """What was planned for whatever ran out of memory; nothing where that can't be found out now."""
+    from spinlm.planning import estimate
+
+    clear_frames(error.__traceback__)  # of what was interrupted, and what it holds
+    error.__context__ = None
+    try:
+        stages.players.forget()
+        return estimate(stages.recipe, error.phase, stages.data, stages.processes.num_processes) if error.phase else ""
+    except Exception:
+        return ""
 
 
 def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:

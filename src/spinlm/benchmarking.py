@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from spinlm.errors import UserError
 from spinlm.evaluation.harness import Catalogue, TaskResult, evaluate_task, language_model, lm_eval_version
 from spinlm.evaluation.suites import Suite, SuiteTask
+from spinlm.hardware import enough_memory
 from spinlm.players.models import Player
 from spinlm.reporting.benchmarks import FOLDER, SUITE_FILE
 from spinlm.rundir import Artifact, CorruptArtifact, RunDir, digest, write_json
@@ -141,7 +142,8 @@ def _measure(
     settings: Settings,
 ) -> None:
     title, chat = f"{player.name}: {task.title}", suite.apply_chat_template
-    with stages.timed(artifact.key), stages.players.as_exported(player) as model:
+    memory = enough_memory(title, "", f"Lower --batch-size (now {settings.batch_size or 'as many as seemed to fit'})")
+    with memory, stages.timed(artifact.key), stages.players.as_exported(player) as model:
         lm = language_model(
             model,
             stages.renderer.tokenizer,

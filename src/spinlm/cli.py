@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import sys
+import traceback
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from spinlm.errors import UserError, disk_trouble
+from spinlm import interruption
+from spinlm.errors import UserError, disk_trouble, without_secrets
 
 app = typer.Typer(
     help="SPIN: self-play fine-tuning for any Hugging Face causal language model.",
@@ -239,14 +241,22 @@ def report(
         Path | None,
         typer.Option("--out", help="Where to write the page. Default: RUN/report.html; of several: comparison.html."),
     ] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on 127.0.0.1, for a remote machine.")] = False,
-    port: Annotated[int, typer.Option("--port", help="Where to serve it; 0: any free port.", min=0, max=65535)] = 8765,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page at an address, for a remote machine.")] = False,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="Default: 127.0.0.1; at another address, who knows the printed URL can read it."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Default: 8765; 0: any free port.", min=0, max=65535)
+    ] = None,
 ) -> None:
     """Write a run's report anew, as one HTML page, and show its summary; or compare several runs."""
     if serve and (len(runs) > 1 or out is not None):
         raise UserError("--serve shows the page of one run, and writes no file: give one RUN, and no --out")
+    if not serve and (host is not None or port is not None):
+        raise UserError("--host and --port go with --serve")
     if serve:
-        _serve(runs[0], port)
+        _serve(runs[0], host, port)
     elif len(runs) > 1:
         _compare(runs, out)
     else:
@@ -327,14 +337,17 @@ def _compare(paths: list[Path], out: Path | None) -> None:
     typer.echo(f"comparison: {write_comparison([RunDir(path) for path in paths], out or Path(FILE))}")
 
 
-def _serve(path: Path, port: int) -> None:
-    from spinlm.reporting.server import address, make_server, tunnel
+def _serve(path: Path, host: str | None, port: int | None) -> None:
+    from spinlm.reporting.server import LOOPBACK, PORT, ReportServer
     from spinlm.rundir import RunDir
 
-    with make_server(RunDir(path), port) as server:
-        typer.echo(f"{path}: {address(server)} (Ctrl-C ends it)")
-        typer.echo(f"from another machine: {tunnel(server)}, then open {address(server)} there")
-        with suppress(KeyboardInterrupt):
+    with ReportServer(RunDir(path), LOOPBACK if host is None else host, PORT if port is None else port) as server:
+        typer.echo(f"{path}: {server.address} (Ctrl-C ends it)")
+        if server.is_private:
+            typer.echo(f"from another machine: {server.tunnel}, then open {server.address} there")
+        else:
+            typer.echo("who has this address can read the report, and it goes over the network unencrypted")
+        with suppress(interruption.Interrupted):
             server.serve_forever()
 
 
@@ -357,20 +370,22 @@ def main() -> None:
     """Entry point: errors for people go to standard error, without a traceback, with exit code 2."""
     _quieten_libraries()
     try:
-        app()
+        with interruption.listening(owns_process=True):
+            app()
     except UserError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from here", code=130)
+    except interruption.Interrupted as stop:
+        _fail(str(stop), stop.exit_code)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if _is_out_of_memory(error):
             _fail(
-                "the GPU's memory is full. Nothing committed is lost: lower generation.batch_size or tokens_per_pass, "
-                "or set gradient_checkpointing; in benchmarks, lower --batch-size."
+                "memory has run out. Nothing committed is lost: what else runs on this machine or its GPU takes memory "
+                "too, and spinlm plan RECIPE says what a run needs."
             )
         if trouble := disk_trouble(error, "the disk"):
             _fail(str(trouble))
-        raise
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+        raise SystemExit(1) from None
 
 
 def _quieten_libraries() -> None:
@@ -393,3 +408,11 @@ def _fail(message: str, code: int = 2) -> None:
     if "LOCAL_RANK" in os.environ:  # one process of several: don't wait for the others to end the group
         os._exit(code)
     raise SystemExit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from spinlm.hardware import is_out_of_memory
+
+    return is_out_of_memory(error)

@@ -297,6 +297,8 @@ class TrainingSection(TrainerSection):
         mixture: Measure the main player against a geometric mixture of this and past opponents: weights, this
             iteration's opponent first, or `uniform` over all of them.
         regenerate_every: Let the main player answer anew for every so many steps.
+        skip_nonfinite: Skip so many steps, in each iteration, whose loss or gradient is NaN or infinite; the next one
+            ends the run.
     """
 
     beta: Schedule = 0.1
@@ -310,6 +312,7 @@ class TrainingSection(TrainerSection):
     history_weight: float = Field(1.0, ge=0)
     mixture: list[float] | Literal["uniform"] | None = None
     regenerate_every: int | None = Field(None, ge=1)
+    skip_nonfinite: int = Field(0, ge=0)
 
     @field_validator("beta", "learning_rate", "num_train_epochs")
     @classmethod
@@ -343,7 +346,7 @@ class TrainingSection(TrainerSection):
 
 
 OBJECTIVE_KEYS = ("loss", "nll_weight", "length_normalised", "noise_ratio", "history_weight")
-SPIN_KEYS = frozenset({"beta", "replay", "mixture", "regenerate_every", *OBJECTIVE_KEYS})
+SPIN_KEYS = frozenset({"beta", "replay", "mixture", "regenerate_every", "skip_nonfinite", *OBJECTIVE_KEYS})
 """The keys of `training` that are ours and not the Trainer's."""
 
 Measure = Literal["accuracy_sampled", "accuracy_greedy", "real_nll", "truncation_rate", "repetition_rate"]
@@ -397,6 +400,7 @@ class WarningsSection(Section):
         diversity_ratio: Distinct-2 of synthetic responses over that of real ones, below which they are too alike.
         identical_share: Of synthetic responses that equal the real one.
         grad_norm_ratio: Of a gradient norm that is clipped to the median of those around it.
+        skipped_nonfinite: Steps skipped for a NaN or an infinity.
         drift: Nats a token from the starting player, on held-out prompts.
     """
 
@@ -409,6 +413,7 @@ class WarningsSection(Section):
     diversity_ratio: float | None = Field(0.7, gt=0)
     identical_share: float | None = Field(0.5, gt=0, lt=1)
     grad_norm_ratio: float | None = Field(10.0, gt=1)
+    skipped_nonfinite: int | None = Field(0, ge=0)
     drift: float | None = Field(0.5, gt=0)
 
 
@@ -521,7 +526,30 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         UserError: With one line for each key that doesn't fit.
     """
+    _refuse_secrets(tree, where)
     return validated(Recipe, tree, where)
+
+
+_SECRET_KEY = re.compile(r"(api_?key|(^|hub_|hf_|auth_|access_|api_)token|password|secret)$", re.IGNORECASE)
+_URL_WITH_SECRET = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
+
+
+def _refuse_secrets(value: Any, where: str, key: str = "") -> None:
+    """A recipe is kept in the run directory and shown in the report.
+
+    Raises:
+        UserError: Something in it is a key, a token or a password, which isn't repeated.
+    """
+    if isinstance(value, Mapping | list):
+        for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _refuse_secrets(each, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, str) and (
+        (value and _SECRET_KEY.search(key.rpartition(".")[2])) or _URL_WITH_SECRET.match(value)
+    ):
+        raise UserError(
+            f"{where}: {key}: holds a secret, and a recipe is kept in the run and shown in its report: take it out, "
+            "and give it in the environment (HF_TOKEN for the hub, WANDB_API_KEY for Weights & Biases)"
+        )
 
 
 def validated(schema: type[SectionType], tree: Mapping[str, Any], where: str) -> SectionType:

@@ -1,20 +1,66 @@
-"""The one error that a person is meant to read, and words for it."""
+"""The one error that a person is meant to read, words for it, and what no message may say."""
 
 from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+SHORTEST_SECRET = 8
+"""Characters; a shorter key (`EMPTY`, `x`) is a local server's placeholder, and may be a word."""
+
+_SECRET_VARIABLE = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)S?$", re.IGNORECASE)
+_IN_A_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
 class UserError(Exception):
     """Something in the input, the machine or the run directory that its user can put right.
 
     The message says what is wrong, where (file, row, key) and what to do. The command line prints it
-    alone, without a traceback, and exits with code 2.
+    alone, without a traceback, and exits with code 2. Whatever it repeats of a library's or a server's
+    words, no secret is among them.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
+
+
+def without_secrets(text: str) -> str:
+    """Text without the keys, tokens and passwords of the environment (by their variables' names) and of URLs."""
+    values = [value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)]
+    for value in sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True):
+        text = text.replace(value, "[key]")
+    return _IN_A_URL.sub("[key]", text)
+
+
+class OutOfMemory(UserError):
+    """Memory has run out.
+
+    Attributes:
+        phase: What needed it, as `spinlm plan` calls it: `sft`, `train`, `score`, `generate`; empty where it doesn't.
+    """
+
+    def __init__(self, what: str, words: str, phase: str, remedy: str, estimate: str = "") -> None:
+        """
+        Args:
+            what: What was going on.
+            words: Of the library that asked for memory.
+            phase: As above.
+            remedy: Which settings to change.
+            estimate: What `spinlm plan` says of it.
+        """
+        self.phase = phase
+        self._parts = (what, words, phase, remedy)
+        sentences = [f"{what}: memory has run out ({words})", "Nothing committed is lost", remedy, estimate]
+        super().__init__(". ".join(filter(None, sentences)) + ".")
+
+    def with_estimate(self, estimate: str) -> OutOfMemory:
+        """The same, with what `spinlm plan` says of it."""
+        return OutOfMemory(*self._parts, estimate)
 
 
 def disk_trouble(error: Exception, place: Path | str) -> UserError | None:

@@ -1,16 +1,18 @@
-"""What a machine or a named GPU can do: arithmetic, memory traffic, memory."""
+"""What a machine or a named GPU can do: arithmetic, memory traffic, memory; and what to do where memory runs out."""
 
 from __future__ import annotations
 
+import gc
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from spinlm.errors import UserError
+from spinlm.errors import OutOfMemory, UserError, first_line
 
 TERA, GIGA = 10**12, 10**9
 
@@ -130,6 +132,43 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "could not create a memory object",
+    "could not create a primitive",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What torch and the libraries under it say, where they have no error of its own for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, the GPU's or the machine's."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+@contextmanager
+def enough_memory(what: str, phase: str, remedy: str) -> Iterator[None]:
+    """Say what to do where memory runs out; see OutOfMemory."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(what, first_line(error), phase, remedy) from None
+        raise
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def total_memory(device: torch.device) -> int:

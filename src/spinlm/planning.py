@@ -17,7 +17,7 @@ from spinlm.data.prepare import Split, TokenizedExample
 from spinlm.data.render import Renderer
 from spinlm.generation.continuous import LOGITS_COPIES, PREFILL_TOKENS, PREFILL_TOKENS_ON_GPU, columns_needed
 from spinlm.generation.memory import rows_that_fit
-from spinlm.hardware import Machine, check_gpu, named_gpu, this_machine
+from spinlm.hardware import Machine, check_gpu, named_gpu, this_machine, total_memory
 from spinlm.players.layouts import count_tokens, into_passes, tokens_per_pass
 from spinlm.players.linear import rows_to_spare
 from spinlm.players.models import Players, context_length
@@ -41,6 +41,11 @@ class Phase:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    def words(self) -> str:
+        """`2.50 GB: weights 2.00 GB, …`."""
+        parts = ", ".join(f"{part} {_size(size)}" for part, size in self.parts.items() if size)
+        return f"{_size(self.total)}: {parts}"
 
 
 @dataclass(frozen=True)
@@ -134,12 +139,30 @@ def plan(recipe: Recipe, gpu: str | None = None, processes: int = 1) -> Plan:
     return _Planner(recipe, gpu, processes).plan()
 
 
+def estimate(recipe: Recipe, phase: str, split: Split, processes: int) -> str:
+    """The memory that one phase is planned to take on this machine, in a sentence.
+
+    Args:
+        recipe: What is run.
+        phase: `sft`, `train`, `score` or `generate`.
+        split: The recipe's data.
+        processes: Devices.
+    """
+    planner = _Planner(recipe, None, processes, split)
+    planned = next(one for one in planner.phases() if one.name == phase)
+    return (
+        f"spinlm plan estimates for {phase}, in each process, {planned.words()}; {planner.device} has "
+        f"{_size(planner.memory)} in all"
+    )
+
+
 class _Planner:
     """The parts of a plan, each computed once."""
 
-    def __init__(self, recipe: Recipe, gpu: str | None, processes: int) -> None:
+    def __init__(self, recipe: Recipe, gpu: str | None, processes: int, split: Split | None = None) -> None:
         self._recipe = recipe
         self._gpu = None if gpu is None else check_gpu(gpu)
+        self._known_split = split
         self._processes = processes
         self._precision = recipe.training.precision
         self._players = Players(self._model_section(), recipe.adapter, self._precision)
@@ -158,7 +181,7 @@ class _Planner:
     def plan(self) -> Plan:
         data = self._data_stage()
         stages = [data, *self._stages()]
-        phases = [*self._training_phases(), self._scoring_phase(), self._generation_phase()]
+        phases = self.phases()
         return Plan(
             machine=self._machine,
             processes=self._processes,
@@ -172,6 +195,20 @@ class _Planner:
             assumptions=self._assumptions(),
         )
 
+    def phases(self) -> list[Phase]:
+        """The memory of one process."""
+        return [*self._training_phases(), self._scoring_phase(), self._generation_phase()]
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes of the device, known without measuring what else it can do."""
+        return total_memory(self._players.device) if self._gpu is None else self._machine.memory
+
+    @property
+    def device(self) -> str:
+        """This machine's, for people."""
+        return "the GPU" if self._is_gpu else "the machine"
+
     @cached_property
     def _sketch(self) -> Sketch:
         return Sketch(self._recipe, self._players, self._precision, self._recipe.model.load_in_4bit, self._is_gpu)
@@ -184,6 +221,8 @@ class _Planner:
 
     @cached_property
     def _split(self) -> Split:
+        if self._known_split is not None:
+            return self._known_split
         renderer = Renderer(self._players.tokenizer, self._recipe.prompt, self._players.stop_ids())
         return prepare_data(self._recipe, self._players, renderer)
 
@@ -306,14 +345,14 @@ class _Planner:
     @cached_property
     def _packed_bytes(self) -> int:
         packs = not (self._is_gpu or self._precision or self._recipe.model.load_in_4bit)
-        return self._sketch.packed_bytes(self._machine.memory) if packs else 0
+        return self._sketch.packed_bytes(self.memory) if packs else 0
 
     @cached_property
     def _rows(self) -> int:
         section = self._recipe.generation
         requests = section.shard_size * section.responses_per_prompt
         held = self._sketch.weight_bytes() + self._packed_bytes
-        fitting = rows_that_fit(self._machine.memory, held, sum(self._row_bytes), self._is_gpu)
+        fitting = rows_that_fit(self.memory, held, sum(self._row_bytes), self._is_gpu)
         return min(section.batch_size or fitting, requests)
 
     def _generation_phase(self) -> Phase:

@@ -104,10 +104,11 @@ def mixed(parts: Sequence[Scores], weights: Sequence[float]) -> Scores:
     return Scores(real, others, digest([[part.hash for part in parts], list(weights)]))
 
 
-def regenerated(pair: Pair, response: Response) -> Pair:
-    """A pair with a new synthetic response, which nobody has scored yet."""
+def regenerated(pair: Pair, response: Response, number: int) -> Pair:
+    """A pair with a new synthetic response, that of a round of regeneration, which nobody has scored yet."""
     return replace(
         pair,
+        id=f"{pair.id}, round {number}",
         synthetic_ids=response.token_ids,
         synthetic_truncated=response.finish_reason == "length",
         opponent_real_logprob=math.nan,

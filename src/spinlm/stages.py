@@ -22,7 +22,6 @@ from spinlm.evaluation.measures import (
 )
 from spinlm.evaluation.stopping import reason_to_stop
 from spinlm.generation.engine import Request, Sampling, request_seed
-from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.players.logprobs import Method
 from spinlm.players.models import Player
 from spinlm.reporting.summary import iteration_of, summarise
@@ -183,6 +182,7 @@ class Stages(Workshop):
                 reference_real_logprob=reference.real[place],
                 reference_synthetic_logprob=reference.others[source][place][number],
                 initial_ids=None if initial is None else initial[place][number].token_ids,
+                id=f"{example.id} (iteration {source}, response {number})",
             )
             for source, answers in others.items()
             for place, example in enumerate(self.played)
@@ -230,6 +230,7 @@ class Stages(Workshop):
                 learning_rate=learning_rate,
                 num_train_epochs=epochs,
                 tokens_per_pass=self.recipe.tokens_per_pass,
+                skip_nonfinite=section.skip_nonfinite,
                 **section.objective(),
             )
             trainer = self._spin_trainer(folder, inputs, model, args, scored.pairs, self.renderer.pad_id, method)
@@ -304,10 +305,10 @@ class Stages(Workshop):
         sampling = Sampling.of(self.recipe.generation)
 
         def answer(model: Any, number: int, pairs: Sequence[Pair]) -> list[Pair]:
-            seed, engine = self.recipe.seed, TransformersEngine(model, self.renderer, self.recipe.generation.batch_size)
+            seed, engine = self.recipe.seed, self._transformers_engine(model)
             requests = [Request(p.prompt_ids, request_seed(seed, folder, number, i)) for i, p in enumerate(pairs)]
             responses = engine.generate(requests, sampling)
-            return [regenerated(pair, response) for pair, response in zip(pairs, responses, strict=True)]
+            return [regenerated(pair, response, number) for pair, response in zip(pairs, responses, strict=True)]
 
         def keep(number: int, make: Callable[[], list[Pair]]) -> list[Pair]:
             artifact = self.run.artifact(f"{folder}/rounds/{number:05d}.jsonl", "train", {**inputs, "round": number})

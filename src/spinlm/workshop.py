@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
+from spinlm import interruption
 from spinlm.config import Recipe, SFTSection, TrainingSection
 from spinlm.data.examples import Dropped
 from spinlm.data.formats import load_examples
@@ -28,6 +29,7 @@ from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
 from spinlm.generation.vllm_engine import VLLMEngine
+from spinlm.hardware import enough_memory
 from spinlm.players.layouts import LAYOUTS, count_tokens, tokens_per_pass
 from spinlm.players.logprobs import Method, choose_method, score_groups
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
@@ -43,6 +45,9 @@ from spinlm.rundir import (
     digest,
     file_hashes,
     make_directory,
+    read_json,
+    sealed,
+    unsealed,
     write_json,
     write_jsonl,
 )
@@ -165,7 +170,8 @@ class Workshop:
             requests = [
                 Request(e.prompt_ids, request_seed(self.recipe.seed, folder, e.id, i)) for e in asked for i in range(k)
             ]
-            with self.players.autocast():
+            memory = enough_memory(title, "generate", "Lower generation.batch_size or generation.max_new_tokens")
+            with memory, self.players.autocast():
                 responses = iter(self._engine(player).generate(requests, sampling, on_progress))
             return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in asked]
 
@@ -183,7 +189,7 @@ class Workshop:
     def _engine(self, player: Player) -> Engine:
         """The player, ready to answer. One model is in memory: vLLM's, or that of the players."""
         if self._engine_name == "transformers":
-            return TransformersEngine(self.players.opponent(player), self.renderer, self.recipe.generation.batch_size)
+            return self._transformers_engine(self.players.opponent(player))
         if self._vllm is None:
             self.players.forget()
             self._vllm = VLLMEngine(
@@ -194,6 +200,17 @@ class Workshop:
             )
         self._vllm.seat(player)
         return self._vllm
+
+    def _transformers_engine(self, model: Any) -> TransformersEngine:
+        """It decodes as many responses together as the recipe says, or as still fitted when memory ran out."""
+        note = self.run.path / "batch_size" / f"{self.processes.process_index}.json"
+        size = _noted_size(note) if note.exists() else self.recipe.generation.batch_size
+
+        def halved(size: int) -> None:
+            write_json(note, sealed({"batch_size": size}))  # a run that is interrupted here goes on with the same batches
+            self.progress.say(f"generation: memory has run out; from here on {size} responses are decoded together")
+
+        return TransformersEngine(model, self.renderer, size, halved)
 
     def _scores(
         self,
@@ -217,7 +234,8 @@ class Workshop:
             for place in shard:
                 ids = {source: [r.token_ids for r in answers[place]] for source, answers in others.items()}
                 rows.append((examples[place], ids))
-            return self._score_shard(player, rows, on_progress)
+            with enough_memory(title, "score", self._less_to_score()):
+                return self._score_shard(player, rows, on_progress)
 
         rows, name = self._shards(folder, title, len(examples), each, inputs, make)
         return Scores(
@@ -260,6 +278,33 @@ class Workshop:
     def _tokens_per_pass(self, training: bool) -> int:
         return tokens_per_pass(self.recipe.tokens_per_pass, self.players.device.type != "cpu", training)
 
+    def _less_to_score(self) -> str:
+        """What to do where scoring has run out of memory, or the search for a layout before it."""
+        longest = self.recipe.generation.max_new_tokens
+        return self._smaller_passes(False, f"lower generation.max_new_tokens (now {longest})")
+
+    def _smaller_passes(self, training: bool, *others: str) -> str:
+        """What to do where the memory for passes has run out."""
+        tokens, longest = self._tokens_per_pass(training), self.recipe.data.max_length
+        remedies = [f"Lower tokens_per_pass (now {tokens})", f"lower data.max_length (now {longest})", *others]
+        return f"{', or '.join(remedies)}; a run goes on with another recipe by --fork NEW_RUN"
+
+    def _less_to_train(self, stage: str) -> str:
+        """What to do where training has run out of memory."""
+        recipe, adapter = self.recipe, self.recipe.adapter
+        name, section = ("training", recipe.training) if stage == "train" else ("sft", recipe.sft)
+        assert section is not None
+        remedies = []
+        if not (section.model_extra or {}).get("gradient_checkpointing"):
+            remedies.append(f"set {name}.gradient_checkpointing=true")
+        if adapter is None:
+            remedies.append(f"set {name}.optim (now {section.optim}) to one that keeps less, or train an adapter")
+        else:
+            remedies.append(f"lower adapter.r (now {adapter.r})")
+            if not recipe.model.load_in_4bit and self.players.device.type == "cuda":
+                remedies.append("set model.load_in_4bit=true")
+        return self._smaller_passes(True, *remedies)
+
     def settle_method(self, player: Player) -> Method:
         """How log-probs are computed: the fastest way that is right for the model, found out once in a run."""
         if self._chosen_method is None:
@@ -283,7 +328,7 @@ class Workshop:
         layouts = LAYOUTS if self.recipe.layout == "auto" else (self.recipe.layout,)
         groups = _telling_groups(examples, self.recipe.generation.max_new_tokens)
         model = self.players.opponent(player)
-        with self.players.autocast():
+        with enough_memory("layout", "score", self._less_to_score()), self.players.autocast():
             return choose_method(model, groups, self.renderer.pad_id, self.players.compute_dtype, layouts)
 
     def _shards(
@@ -350,12 +395,14 @@ class Workshop:
                 missing += self._missing_candidates(folder, candidates, inputs, checkpoints, is_trained=not missing)
         if missing:
             self.close()
-            with self.timed(folder), self._tracked(folder) as trackers:
+            memory = enough_memory(title, "train" if stage == "train" else "sft", self._less_to_train(stage))
+            with memory, self.timed(folder), self._tracked(folder) as trackers:
                 method = self.settle_method(start)
                 model = self.players.main_player(start, seed=self._seed(folder))
                 if self.processes.is_main_process:
                     make_directory(checkpoints)  # or the Trainer would, and its name might not stay
                 trainer = make_trainer(model, checkpoints, method)
+                trainer.watch.say = lambda skipped: self.progress.say(f"{title} {skipped}")
                 self._start_wandb(trainer, trackers)
                 if candidates is not None:
                     trainer.add_callback(EachCheckpoint(partial(self._commit_candidate, trainer, candidates, inputs)))
@@ -404,7 +451,9 @@ class Workshop:
         return missing
 
     def _commit_candidate(self, trainer: Any, candidates: str, inputs: Inputs, step: int) -> None:
-        """The weights at a checkpoint."""
+        """The weights at a checkpoint, but for one that is there only because the run is to end."""
+        if step % self.recipe.training.save_steps:
+            return
         artifact = self.run.artifact(f"{candidates}/{step:06d}", "train", {**inputs, "step": step})
         if self.processes.is_main_process and not artifact.is_committed():
             self._commit_weights(trainer, artifact)
@@ -463,6 +512,7 @@ class Workshop:
         return self.recipe.model_dump(include=set(sections), mode="json") | values
 
     def _needs_making(self, artifact: Artifact) -> bool:
+        interruption.check()
         if artifact.is_committed():
             return False
         if self.run.has_record(artifact.key):
@@ -583,6 +633,13 @@ def _check_measure(recipe: Recipe, split: Split) -> None:
     if not split.held_out and (recipe.keep == "best" or recipe.stop.is_asked_for):
         what = "keep: best" if recipe.keep == "best" else "stop"
         raise UserError(f"{what} needs held-out examples, but data.held_out: {recipe.data.held_out} gives none")
+
+
+def _noted_size(note: Path) -> int:
+    try:
+        return int(unsealed(read_json(note))["batch_size"])
+    except ValueError:
+        raise UserError(f"{note}: not what was written; remove it, and generation.batch_size holds again") from None
 
 
 def _telling_groups(examples: Sequence[TokenizedExample], longest_response: int) -> list[Group]:

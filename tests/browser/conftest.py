@@ -47,9 +47,9 @@ def visit(chromium: Any) -> Iterator[Open]:
     """
     opened: list[tuple[Visit, str]] = []
 
-    def visit(place: Path, until: str = "ready", clock: bool = False, **context: Any) -> Visit:
+    def visit(place: Path | str, until: str = "ready", clock: bool = False, **context: Any) -> Visit:
         settings = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **context}
-        url = place.as_uri()
+        url = place if isinstance(place, str) else place.as_uri()
         seen = Visit(chromium.new_context(**settings).new_page())
         seen.page.set_default_timeout(10_000)
         seen.page.on("console", lambda message: seen.complaints.append(f"{message.type}: {message.text}"))

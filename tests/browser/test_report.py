@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from browser.screenshots import take
 from made_run import Made, MadeExample, MadeRun, plausible
 from spinlm.reporting import html
 from spinlm.reporting.comparison import write_comparison
+from spinlm.reporting.server import ReportServer
 from spinlm.rundir import RunDir
 
 
@@ -550,13 +552,13 @@ def until_it_reloads(page: Any) -> None:
     """Let its clock run, a second at a time, until it is another page."""
     sync_api = pytest.importorskip("playwright.sync_api")
     page.evaluate("window.__before = true")
-    for _ in range(60):
+    for _ in range(90):
         page.clock.run_for(1_000)
         with contextlib.suppress(sync_api.Error):  # asked while it reloads
             if page.evaluate("window.__before") is None:
                 page.wait_for_selector("body[data-drawn]", state="attached")
                 return
-    raise AssertionError("it hasn't reloaded in a minute")
+    raise AssertionError("it hasn't reloaded in a minute and a half")
 
 
 class TestReloading:
@@ -579,6 +581,19 @@ class TestReloading:
         assert chosen(page) == example
         assert page.evaluate("document.activeElement.id") == "list"
         assert page.evaluate("scrollY") == at
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+    def test_a_page_that_is_served(self, visit: Open, tmp_path: Path, host: str) -> None:
+        """Also under a token."""
+        made = plausible(tmp_path / "demo", examples=3, iterations=1, words=6, steps=3)
+        with ReportServer(made.run, host, 0) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            page = visit(f"http://127.0.0.1:{server.port}{server.path}", "drawn", clock=True).page
+            assert "benchmark mine" not in page.locator("#run").text_content()
+            made.took("benchmarks/mine/base", 1.0)
+            until_it_reloads(page)
+            assert "benchmark mine" in page.locator("#run").text_content()
+            server.shutdown()
 
     def test_not_while_it_is_paused_or_in_use(self, visit: Open, running: MadeRun) -> None:
         page = visit(running.path / "report.html", clock=True).page

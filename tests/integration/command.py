@@ -155,19 +155,56 @@ def killed_at(*plan: dict[str, str] | None, arguments: tuple[str, ...], cwd: Pat
     assert codes == [0 if place is None else -signal.SIGKILL for place in plan], f"{codes}\n{outcome.err}"
 
 
-def waiting_at(matching: str, arguments: tuple[str, ...], cwd: Path) -> subprocess.Popen[str]:
-    """The command as a process that has stopped before it commits there, and goes on at a line on its input."""
-    where = {"call": "spinlm.rundir:Artifact._commit", "matching": matching, "moment": "wait"}
+@dataclass(frozen=True)
+class Waiting:
+    """A command that has stopped somewhere.
+
+    Attributes:
+        pid: The command's own.
+        said: What it had said by then.
+    """
+
+    _parent: subprocess.Popen[str]
+    pid: int
+    said: str
+
+    def next_error_line(self) -> str:
+        assert self._parent.stderr is not None
+        return self._parent.stderr.readline()
+
+    def go_on(self) -> Outcome:
+        """Let it go on to its end. Its code is minus the signal, where one ended it."""
+        out, err = self._parent.communicate("\n")
+        *lines, codes = out.splitlines()
+        return Outcome(json.loads(codes)[0], self.said + "\n".join(lines), err)
+
+    def kill(self) -> None:
+        """End it, if it is still there."""
+        if self._parent.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._parent.communicate()
+
+
+def waiting_at(
+    matching: str, arguments: tuple[str, ...], cwd: Path, call: str = "spinlm.rundir:Artifact._commit"
+) -> Waiting:
+    """The command as a process that has stopped before it commits there, or before another call."""
+    where = {"call": call, "matching": matching, "moment": "wait"}
     process = subprocess.Popen(
         [sys.executable, str(KILL_AT), json.dumps([where]), *arguments],
         cwd=cwd,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
-    assert any(line == "waiting\n" for line in process.stdout)
-    return process
+    said = ""
+    for line in process.stdout:
+        if line.startswith("waiting "):
+            return Waiting(process, int(line.split()[1]), said)
+        said += line
+    raise AssertionError(f"never came to {matching}: {said}\n{process.communicate()[1]}")
 
 
 def before(call: str, matching: str) -> dict[str, str]:

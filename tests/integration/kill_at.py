@@ -32,7 +32,7 @@ def stop_at(call: str, moment: str, matching: str = "") -> None:
     def wrapped(*arguments: Any, **named: Any) -> Any:
         here = re.search(matching, _words(arguments)) is not None
         if here and moment == "wait":
-            print("waiting", flush=True)
+            print(f"waiting {os.getpid()}", flush=True)
             sys.stdin.readline()
         if here and moment == "before":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -48,7 +48,7 @@ def _words(arguments: tuple[Any, ...]) -> str:
     from spinlm.rundir import Artifact
 
     return " ".join(
-        str(a.key if isinstance(a, Artifact) else a) for a in arguments if isinstance(a, (str, Path, Artifact))
+        str(a.key if isinstance(a, Artifact) else a) for a in arguments if isinstance(a, (str, int, Path, Artifact))
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ from integration.command import (
     spinlm_process,
     succeeded,
 )
-from judge_server import JudgeServer, by_merit, error, pieces
+from judge_server import HANG, JudgeServer, by_merit, error, pieces
 from spinlm.evaluation.judge import READINGS, TRIES
 from spinlm.evaluation.verdicts import PAIRWISE
 from spinlm.reporting.judged import judged_tables
@@ -412,6 +414,23 @@ class TestInterrupted:
             killed_at(place, committing, None, arguments=arguments, cwd=ready)
             assert len(server.requests) == 2 * count + 1  # the first verdict was lost with the process
         assert differing(whole / RUN, ready / RUN) == []
+
+    def test_a_signal_ends_it_while_the_judge_is_thinking(self, ready: Path) -> None:
+        def interrupts(prompt: str) -> str:
+            if len(thinking.requests) == 3:
+                thinking.faults = [HANG] * 9
+                os.kill(os.getpid(), signal.SIGINT)
+            return by_words(prompt)
+
+        with JudgeServer(interrupts) as thinking:
+            outcome = arena(ready, thinking, *self.options())
+            assert outcome.code == 130
+            assert outcome.err.splitlines()[-1] == "spinlm: stopped by SIGINT; the same command goes on from here"
+            asked = len(thinking.requests)
+            assert asked in (3, 4)  # the one that it is thinking about is let go
+        with JudgeServer(by_words) as server:
+            succeeded(arena(ready, server, *self.options()))
+            assert [body for body in server.requests if body in thinking.requests[:2]] == []
 
     def test_how_many_are_asked_at_once_changes_nothing(self, ready: Path, tmp_path: Path) -> None:
         other = tmp_path / "other"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import spinlm as package
-from integration.command import contents, flip_a_byte, refused, rows, spinlm, succeeded, waiting_at
+from integration.command import Waiting, contents, flip_a_byte, refused, rows, spinlm, succeeded, waiting_at
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
 
@@ -99,26 +98,23 @@ def test_a_run_without_anything_measured(place: Path) -> None:
 
 class TestWhileARunGoesOn:
     @pytest.fixture
-    def waiting(self, place: Path) -> Iterator[subprocess.Popen[str]]:
+    def waiting(self, place: Path) -> Iterator[Waiting]:
         """The command, stopped between two shards of iteration 1's responses until it is told to go on."""
-        process = waiting_at("iterations/1/synthetic/00001", RUN, place)
-        yield process
-        if process.poll() is None:
-            process.communicate("\n")
+        waiting = waiting_at("iterations/1/synthetic/00001", RUN, place)
+        yield waiting
+        waiting.kill()
 
-    def test_its_page_says_so_until_it_is_done(self, place: Path, waiting: subprocess.Popen[str]) -> None:
+    def test_its_page_says_so_until_it_is_done(self, place: Path, waiting: Waiting) -> None:
         page = place / "runs/recipe/report.html"
         assert state(page) == "running"
         succeeded(spinlm("report", "runs/recipe", cwd=place))
         assert state(page) == "running"
         assert "<td>1 of 3</td>" in page.read_text(encoding="utf-8")
-        out, _ = waiting.communicate("\n")
-        assert json.loads(out.splitlines()[-1]) == [0]
+        succeeded(waiting.go_on())
         assert state(page) == "finished"
 
-    def test_one_that_was_killed_is_called_unfinished(self, place: Path, waiting: subprocess.Popen[str]) -> None:
-        os.kill(int((place / "runs/recipe/lock").read_text().split()[1]), signal.SIGKILL)
-        waiting.communicate("")
+    def test_one_that_was_killed_is_called_unfinished(self, place: Path, waiting: Waiting) -> None:
+        waiting.kill()
         succeeded(spinlm("report", "runs/recipe", cwd=place))
         assert state(place / "runs/recipe/report.html") == "unfinished"
 

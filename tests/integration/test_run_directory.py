@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from integration.command import contents, differing, refused, rows, spinlm, succeeded, waiting_at
+from integration.command import Waiting, contents, differing, refused, rows, spinlm, succeeded, waiting_at
 from spinlm.rundir import RunDir
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
 
 
 @pytest.fixture
-def first(place: Path) -> Iterator[subprocess.Popen[str]]:
-    process = waiting_at("iterations/0/synthetic/00001", RUN, place)
-    yield process
-    if process.poll() is None:
-        process.communicate("\n")
+def first(place: Path) -> Iterator[Waiting]:
+    waiting = waiting_at("iterations/0/synthetic/00001", RUN, place)
+    yield waiting
+    waiting.kill()
 
 
-def test_one_process_at_a_time(place: Path, finished: Path, first: subprocess.Popen[str]) -> None:
+def test_one_process_at_a_time(place: Path, finished: Path, first: Waiting) -> None:
     before = contents(place / "runs/recipe", without=())
     holder = re.fullmatch(r"pid (\d+) on .+\n", str((place / "runs/recipe/lock").read_text()))
     assert holder is not None
@@ -36,15 +32,12 @@ def test_one_process_at_a_time(place: Path, finished: Path, first: subprocess.Po
     assert contents(place / "runs/recipe", without=()) == before
     assert "1 of 3" in succeeded(spinlm("status", "runs/recipe", cwd=place)).out
 
-    out, _ = first.communicate("\n")
-    assert json.loads(out.splitlines()[-1]) == [0]
+    succeeded(first.go_on())
     assert differing(finished / "runs/recipe", place / "runs/recipe") == []
 
 
-def test_a_killed_process_holds_nothing(place: Path, first: subprocess.Popen[str]) -> None:
-    holder = int((place / "runs/recipe/lock").read_text().split()[1])
-    os.kill(holder, signal.SIGKILL)
-    assert json.loads(first.communicate("")[0].splitlines()[-1]) == [-signal.SIGKILL]
+def test_a_killed_process_holds_nothing(place: Path, first: Waiting) -> None:
+    first.kill()
     succeeded(spinlm("generate", *RUN[1:], "--iteration", "0", cwd=place))
 
 

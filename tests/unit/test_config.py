@@ -156,6 +156,37 @@ class TestRefusals:
             found = [found[0].partition(";")[0]]
         assert found == lines
 
+    @pytest.mark.parametrize(
+        ("key", "sections"),
+        [
+            ("training.hub_token", {"training": {"hub_token": "hunter22"}}),
+            ("sft.hub_token", {"sft": {"hub_token": "hunter22"}}),
+            ("model.token", {"model": {"name": "m", "token": "hunter22"}}),
+            ("HF_TOKEN", {"HF_TOKEN": "hunter22"}),
+            (
+                "training.deepspeed.comet.api_key",
+                {"training": {"deepspeed": {"comet": {"enabled": True, "api_key": "hunter22"}}}},
+            ),
+            (
+                "data.reasoning_gym.args.x.1.password",
+                {"data": {"reasoning_gym": {"args": {"x": [0, {"password": "hunter22"}]}}}},
+            ),
+            ("data.source", {"data": {"source": "https://me:hunter22@host/data.jsonl"}}),
+            ("model.name", {"model": {"name": "https://hunter22@host/model"}}),
+        ],
+    )
+    def test_a_secret_is_refused_and_not_repeated(self, key: str, sections: dict[str, Any]) -> None:
+        (line,) = refusal(**sections)
+        assert line.startswith(f"{key}: holds a secret")
+        assert "HF_TOKEN" in line
+        assert "hunter22" not in line
+
+    @pytest.mark.parametrize(
+        "template", ["{prompt} me@host", "see https://me@host {prompt}", "the secret: {prompt}", "<|token|>{prompt}"]
+    )
+    def test_what_only_looks_like_one(self, template: str) -> None:
+        assert recipe(prompt={"template": template}).prompt.template == template
+
     @pytest.mark.parametrize("key", ["beta", "learning_rate", "num_train_epochs"])
     def test_a_list_has_a_value_for_each_iteration(self, key: str) -> None:
         assert refusal(iterations=3, training={key: [1.0, 2.0]}) == [

@@ -20,7 +20,7 @@ from spinlm.data.render import Renderer
 from spinlm.generation.continuous import LOGITS_COPIES, columns_needed, row_bytes
 from spinlm.generation.packed_linear import packed_bytes
 from spinlm.hardware import named_gpu
-from spinlm.planning import Plan, StageCost, plan
+from spinlm.planning import Plan, StageCost, estimate, plan
 from spinlm.players.layouts import tokens_per_pass
 from spinlm.players.logprobs import Method, all_scores, logits_argument
 from spinlm.players.models import Players
@@ -146,6 +146,18 @@ def test_training_memory_is_what_a_real_step_takes(changes: dict[str, Any], smal
     parts = _phase(plan(recipe), "train")
     planned = sum(size for part, size in parts.items() if part not in ("weights", "adapter"))
     assert planned == pytest.approx(_real_step(recipe, tmp_path / "out"), rel=0.15)
+
+
+def test_one_phase_is_estimated_in_a_sentence(small: Path, tmp_path: Path) -> None:
+    recipe = _recipe(small, _dataset(tmp_path / "data.jsonl"))
+    players = Players(recipe.model, recipe.adapter)
+    split = prepare_data(recipe, players, Renderer(players.tokenizer, recipe.prompt, players.stop_ids()))
+    for phase in plan(recipe).phases:
+        said = estimate(recipe, phase.name, split, processes=1)
+        assert said.startswith(
+            f"spinlm plan estimates for {phase.name}, in each process, {phase.words()}; the machine has "
+        )
+    assert "activations and temporaries" in said and "keys and values" in said
 
 
 def test_scoring_memory_is_what_a_real_pass_takes(small: Path, tmp_path: Path) -> None:

@@ -46,8 +46,9 @@ def test_the_opponent_alone_is_no_mixture() -> None:
 
 
 def test_a_regenerated_pair_is_to_be_scored_anew() -> None:
-    pair = Pair([1], [2], [3], -1.0, -2.0, True, -0.5, -0.25, [4])
-    found = regenerated(pair, Response([5, 6], "x", "stop", -3.0))
+    pair = Pair([1], [2], [3], -1.0, -2.0, True, -0.5, -0.25, [4], "7")
+    found = regenerated(pair, Response([5, 6], "x", "stop", -3.0), 3)
+    assert found.id == "7, round 3"
     assert (found.prompt_ids, found.real_ids, found.synthetic_ids, found.initial_ids) == ([1], [2], [5, 6], [4])
     assert math.isnan(found.opponent_real_logprob) and math.isnan(found.opponent_synthetic_logprob)
     assert found.reference_real_logprob is found.reference_synthetic_logprob is None

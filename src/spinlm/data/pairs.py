@@ -20,6 +20,7 @@ class Pair:
         reference_real_logprob: What the main player's is measured against, where that isn't the opponent's own.
         reference_synthetic_logprob: The same of the synthetic response.
         initial_ids: The starting player's response, where the loss asks for one.
+        id: What messages call it.
     """
 
     prompt_ids: list[int]
@@ -31,6 +32,7 @@ class Pair:
     reference_real_logprob: float | None = None
     reference_synthetic_logprob: float | None = None
     initial_ids: list[int] | None = None
+    id: str = ""
 
     @property
     def reference_logprobs(self) -> tuple[float, float]:

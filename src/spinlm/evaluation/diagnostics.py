@@ -159,12 +159,14 @@ def of_training(rows: Sequence[Mapping[str, float]], facts: TrainingFacts) -> di
         rows: Of its `training.jsonl`.
         facts: How to read them.
     """
+    skipped = max((row["skipped_nonfinite"] for row in rows if "skipped_nonfinite" in row), default=0)
+    values = {"skipped_nonfinite": skipped} if skipped else {}
     steps = [row for row in rows if "margin" in row and not _is_fresh(int(row["step"]), facts.round_steps)]
     if not steps:
-        return {}
+        return values
     last = steps[-1]["step"]
     late = [row for row in steps if row["step"] > LATE * last]
-    values = {"margin_late": fmean(row["margin"] for row in late)} | _of_gradients(steps, facts.max_grad_norm)
+    values |= {"margin_late": fmean(row["margin"] for row in late)} | _of_gradients(steps, facts.max_grad_norm)
     if facts.has_reference:
         lengths = [1.0 if facts.length_normalised else row["length_real"] for row in late]
         ratios = [row["reward_real"] / facts.beta / length for row, length in zip(late, lengths, strict=True)]
@@ -314,6 +316,14 @@ def _gradient(values: Values, limit: float) -> str | None:
     return f"A gradient norm is {jump:.0f} times the median of those around it; the largest is {largest:.3g}."
 
 
+def _skipped(values: Values, limit: float) -> str | None:
+    skipped = values.get("skipped_nonfinite", 0)
+    if skipped <= limit:
+        return None
+    steps = "step was" if skipped == 1 else "steps were"
+    return f"{skipped:.0f} {steps} skipped, since the loss or its gradient was NaN or infinite."
+
+
 def _drift(values: Values, limit: float) -> str | None:
     drift = values.get("drift", 0.0)
     if drift <= limit:
@@ -387,6 +397,13 @@ CHECKS: Mapping[str, Check] = {
         _gradient,
         "Single pairs with an outsized margin (very long or very unlikely responses), or a learning rate at its edge.",
         "Lower `training.max_grad_norm` or `training.learning_rate`; `training.length_normalised`.",
+    ),
+    "skipped_nonfinite": Check(
+        "Steps were skipped",
+        _skipped,
+        "A response so long or so unlikely that its numbers overflow, half precision, or a learning rate at its edge.",
+        "Look at the pairs that the run has named; train in float32, lower `training.learning_rate` or "
+        "`training.beta`; `training.length_normalised`.",
     ),
     "drift": Check(
         "Far from where it started",

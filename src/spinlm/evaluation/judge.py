@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from spinlm.errors import UserError, first_line
+from spinlm.errors import SHORTEST_SECRET, UserError, first_line
+from spinlm.interruption import Interrupted
 from spinlm.rundir import CorruptArtifact, digest, read_json, sealed, unsealed, write_json
 
 if TYPE_CHECKING:
@@ -47,9 +48,6 @@ HELLO = "Reply with one word: ready"
 
 LONGEST_QUOTE = 300
 """Characters of what a server says that are repeated in a message."""
-
-SHORTEST_SECRET = 8
-"""Characters of a key; a shorter one (`EMPTY`, `x`) is a local server's placeholder, and may be a word."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,7 @@ class Judge:
         Raises:
             UserError: The client library isn't installed, or the URL or the key is none.
         """
-        parts = urlsplit(settings.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--judge-url: {settings.url}: give it as http://HOST:PORT/v1 or https://…")
+        _check_url(settings.url)
         try:
             import openai  # noqa: F401
         except ImportError:
@@ -224,18 +220,31 @@ class Judge:
     # --- asking ---
 
     def _run(self, work: Callable[[AsyncOpenAI], Coroutine[Any, Any, None]]) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         async def connected() -> None:
-            settings = self._settings
+            task = asyncio.current_task()
+            assert task is not None
+            asking.append((asyncio.get_running_loop(), task))
+            settings, stays = self._settings, DefaultAsyncHttpxClient(follow_redirects=False)
             async with AsyncOpenAI(
-                api_key=self._key or NO_KEY, base_url=settings.url, timeout=settings.timeout, max_retries=0
+                api_key=self._key or NO_KEY,
+                base_url=settings.url,
+                timeout=settings.timeout,
+                max_retries=0,
+                http_client=stays,  # what is sent goes to this URL and nowhere else
             ) as client:
                 client.organization = client.project = None  # which it would read from the environment, and send
                 await work(client)
 
+        asking: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = []
         with ThreadPoolExecutor(1) as thread:  # a notebook's own has an event loop already
-            thread.submit(asyncio.run, connected()).result()
+            try:
+                thread.submit(asyncio.run, connected()).result()
+            except Interrupted:
+                for loop, task in asking:
+                    loop.call_soon_threadsafe(task.cancel)
+                raise
 
     async def _answer(self, client: AsyncOpenAI, prompt: str, is_readable: Callable[[str], bool]) -> str:
         answer = ""
@@ -309,9 +318,7 @@ class Judge:
             self.sampling["max_completion_tokens"] = value
 
     def _failure(self, trouble: str) -> UserError:
-        parts = urlsplit(self._settings.url)
-        place = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # without a password in it
-        return UserError(f"the judge {self.model} at {place} {trouble}")
+        return UserError(f"the judge {self.model} at {self._settings.url} {trouble}")
 
     def _words(self, said: object) -> str:
         """A line of what a server or a library says."""
@@ -320,6 +327,25 @@ class Judge:
     def _without_key(self, text: str) -> str:
         """Nothing that a server sends back may carry the key into a file or a message."""
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
+
+
+def _check_url(url: str) -> None:
+    """An endpoint's, and nothing secret: who lists the processes of a machine sees a command's options.
+
+    Raises:
+        UserError: It isn't, or there is a name, a password or a key in it, which isn't repeated.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            "--judge-url: holds a name, a password or a query, which others on this machine can see: give the URL up "
+            f"to /v1, and the key in the environment ({KEYS[0]})"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"--judge-url: {url}: give it as http://HOST:PORT/v1 or https://…")
 
 
 def _messages(prompt: str) -> list[ChatCompletionUserMessageParam]:

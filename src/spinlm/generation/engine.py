@@ -52,7 +52,8 @@ class Response:
 
 
 OnProgress = Callable[[int, int], None]
-"""Called after each decoding step with the tokens it made and the responses it finished."""
+"""Called after each decoding step with the tokens it made and the responses it finished; where an engine has to begin
+again, with what that takes back, below 0."""
 
 
 class Engine(Protocol):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spinlm.data.pairs import Group
 from spinlm.errors import UserError, first_line
+from spinlm.hardware import is_out_of_memory
 from spinlm.players.attention import SegmentedAttention, segmented_attention, takes_segments
 from spinlm.players.head import LogitScale, head_logprobs
 from spinlm.players.layouts import LAYOUTS, Layout, ResponseBatch, Segment, count_tokens, into_passes, lay_out
@@ -250,6 +251,8 @@ def _disagreement(
     try:
         scores = all_scores(model, groups, method, tokens_per_pass=2**62, pad_id=pad_id)
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):  # which says nothing about the layout
+            raise
         return f"it can't be computed: {first_line(error)}"
     differences = [
         abs(ours - theirs) / len(response) ** 0.5

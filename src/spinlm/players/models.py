@@ -7,7 +7,6 @@ whole model, and the one in memory is dropped before the next is loaded.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.errors import UserError, first_line
+from spinlm.hardware import release_memory
 from spinlm.rundir import digest, file_hash, read_json
 
 transformers.utils.logging.disable_progress_bar()
@@ -103,9 +103,7 @@ class Players:
     def forget(self) -> None:
         """Drop the model: the next player is loaded afresh."""
         self._model = self._seated = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
 
     def autocast(self) -> torch.autocast:
         """The precision of the training forward pass, for whoever has to compute the same."""

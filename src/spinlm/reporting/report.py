@@ -95,6 +95,9 @@ class Report:
             markdown_row([player, *(_cell(of_player.get(name)) for name in shown)])
             for player, of_player in self.summary.measures.items()
         ]
+        if self.summary.skipped:
+            lines += ["", "## Skipped steps", "", "Their loss or gradient was NaN or infinite:", ""]
+            lines += [f"- {player}: {count}" for player, count in self.summary.skipped.items()]
         for number, sample in enumerate(self.samples, start=1):
             lines += ["", f"## Held-out prompt {number}", "", *_quoted("prompt", sample.prompt)]
             lines += _quoted("real response", sample.real)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from spinlm.config import Recipe
 from spinlm.evaluation.measures import HIGHER_IS_BETTER, HeldOutExample, chosen_measure, difference, select_best
+from spinlm.reporting.diagnostics import diagnostics
 from spinlm.rundir import RunDir
 
 Values = Mapping[str, float]
@@ -50,6 +51,7 @@ class Summary:
         differences: The best minus each other player, by `select_by`, prompt by prompt. Their intervals allow for its
             having been chosen among the iterations.
         held_out: How many examples are held out; None while the data aren't prepared.
+        skipped: How many steps of a player's training were skipped for a NaN or an infinity, where some were.
     """
 
     title: str
@@ -58,6 +60,7 @@ class Summary:
     best: str | None
     differences: Mapping[str, Values]
     held_out: int | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def higher_is_better(self) -> bool:
@@ -87,7 +90,9 @@ def summarise(run: RunDir) -> Summary:
     iterations = {name: of_player for name, of_player in measures.items() if is_iteration(name)}
     best = select_best(iterations, select_by) if iterations else None
     differences = _differences(run, measures, best, select_by)
-    return Summary(run.path.resolve().name, measures, select_by, best, differences, held_out)
+    found = {name: of_player.values.get("skipped_nonfinite", 0) for name, of_player in diagnostics(run, recipe).items()}
+    skipped = {name: int(count) for name, count in found.items() if count}
+    return Summary(run.path.resolve().name, measures, select_by, best, differences, held_out, skipped)
 
 
 def beside_the_others(run: RunDir, summary: Summary, player: str) -> Summary:

@@ -1,24 +1,23 @@
-"""What every training here needs: checkpoints that count only when whole, resume, and a stop at NaN."""
+"""What every training here needs: checkpoints that count only when whole, resume, and stops in order."""
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from spinlm.errors import UserError
+from spinlm import interruption
 from spinlm.rundir import (
     file_hashes,
     flush_directory,
@@ -28,6 +27,8 @@ from spinlm.rundir import (
     unsealed,
     write_json,
 )
+from spinlm.training.nonfinite import NonFiniteLoss
+from spinlm.training.passes import PassTrainer
 
 TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 """What is logged of time: the rest is the same each time a run is repeated."""
@@ -51,12 +52,8 @@ class Arguments(TrainingArguments):
         return min(int(super().get_warmup_steps(num_training_steps)), num_training_steps - 1)
 
 
-class NonFiniteLoss(UserError):
-    """The loss or its gradient is NaN or infinite."""
-
-
 def train_resumably(
-    trainer: Trainer, on_log: OnLog | None = None, say: Callable[[str], None] = lambda _: None
+    trainer: PassTrainer[Any], on_log: OnLog | None = None, say: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
     """Train from the last whole checkpoint, if there is one.
 
@@ -69,18 +66,23 @@ def train_resumably(
         What was logged at each logging step, timing left out: the same whether interrupted or not.
 
     Raises:
-        NonFiniteLoss: With the step and the last good checkpoint, which is kept.
+        NonFiniteLoss: With the step, what it was trained on, and the last good checkpoint, which is kept.
+        Interrupted: By a signal, once the step is finished and saved.
     """
     directory = Path(str(trainer.args.output_dir))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_LogEnd())
-    trainer.add_callback(_StopAtNonFinite(directory))
     trainer.add_callback(_CommitCheckpoint(trainer))
+    trainer.add_callback(_StopInOrder(trainer))  # after what commits the checkpoint
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
     checkpoint = last_checkpoint(directory, say)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        with interruption.deferred():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NonFiniteLoss as found:
+        raise found.keeping(last_checkpoint(directory)) from None
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     # In one order: a checkpoint gives back its entries sorted.
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
@@ -126,20 +128,61 @@ def step_of(checkpoint: Path) -> int:
 
 
 class _CommitCheckpoint(TrainerCallback):
-    """Records a checkpoint once all of it is on the disk, then removes the one before."""
+    """Records a checkpoint once all of it is on the disk, then removes the one before.
 
-    def __init__(self, trainer: Trainer) -> None:
+    Trainer begins what it logs anew at a checkpoint. One between two logging steps keeps what is to be logged, too.
+    """
+
+    def __init__(self, trainer: PassTrainer[Any]) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        unlogged = self._unlogged(_checkpoint(args, state))
+        if unlogged.exists():
+            self._trainer.take_up(read_json(unlogged))
+
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        checkpoint = _checkpoint(args, state)
+        if unlogged := self._trainer.unlogged():
+            write_json(self._unlogged(checkpoint), unlogged)
         self._trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             mark(checkpoint)
             for older in Path(args.output_dir).glob("checkpoint-*"):
                 if step_of(older) < state.global_step:
                     shutil.rmtree(older) if older.is_dir() else older.unlink()
         self._trainer.accelerator.wait_for_everyone()
+
+    def _unlogged(self, checkpoint: Path) -> Path:
+        return checkpoint / f"unlogged-{self._trainer.accelerator.process_index}.json"
+
+
+def _checkpoint(args: Any, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+class _StopInOrder(TrainerCallback):
+    """At a signal to any of the processes: saves a checkpoint after the step that is under way, and ends there."""
+
+    def __init__(self, trainer: PassTrainer[Any]) -> None:
+        self._trainer = trainer
+        self._signal: int | None = None
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._signal = self._of_any_process()
+        if self._signal is not None:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._signal is not None:
+            raise interruption.Interrupted(self._signal, f"after step {state.global_step}, which is saved")
+
+    def _of_any_process(self) -> int | None:
+        accelerator, mine = self._trainer.accelerator, interruption.pending()
+        if accelerator.num_processes == 1:
+            return mine
+        signals = accelerator.gather(torch.tensor([mine or 0], device=accelerator.device))
+        return int(signals.max()) or None
 
 
 class EachCheckpoint(TrainerCallback):
@@ -154,38 +197,11 @@ class EachCheckpoint(TrainerCallback):
 
 
 class _LogEnd(TrainerCallback):
-    """The last steps are logged (and so checked) too, where they don't fill a logging interval."""
+    """The last steps are logged too, where they don't fill a logging interval."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-
-class _StopAtNonFinite(TrainerCallback):
-    """Checks what is logged, before the checkpoint of the same step is written."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        # In float16 an infinite gradient is how the loss scale is found: that step is skipped.
-        for name in ("loss", "margin") if args.fp16 else ("loss", "margin", "grad_norm"):
-            value = (logs or {}).get(name, 0.0)
-            if not math.isfinite(value):
-                checkpoint = last_checkpoint(self._directory)
-                kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before"
-                raise NonFiniteLoss(
-                    f"training stopped at step {state.global_step}: the {name.replace('_', ' ')} is {value}; {kept}. "
-                    "Lower learning_rate or beta, raise warmup_steps, or train in float32 (a run goes on with "
-                    "another recipe by --fork NEW_RUN)."
-                )
 
 
 class _Report(TrainerCallback):

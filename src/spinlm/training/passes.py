@@ -13,8 +13,9 @@ from transformers import Trainer
 
 from spinlm.players.layouts import into_passes
 from spinlm.players.logprobs import Method, scoring
+from spinlm.training.nonfinite import Named, StepWatch
 
-Row = TypeVar("Row")
+Row = TypeVar("Row", bound=Named)
 
 
 class PassTrainer(Trainer, Generic[Row]):
@@ -23,15 +24,26 @@ class PassTrainer(Trainer, Generic[Row]):
     Attributes:
         method: How log-probs are computed.
         tokens_per_pass: A row with more gets a pass of its own.
+        numbers: Of each row of the last pass, by name, on the device: what has to be finite, its loss among it.
+        watch: Over what is finite.
     """
 
     method: Method
     tokens_per_pass: int
+    numbers: Mapping[str, Tensor]
 
-    def __init__(self, **kwargs: Any) -> None:
-        """As Trainer, but for the collator: rows are laid out pass by pass."""
+    def __init__(self, rows_are: str, skip_nonfinite: int = 0, **kwargs: Any) -> None:
+        """As Trainer, but for the collator: rows are laid out pass by pass.
+
+        Args:
+            rows_are: What messages call them.
+            skip_nonfinite: How many steps may be skipped for a NaN or an infinity.
+            kwargs: Trainer's.
+        """
         super().__init__(data_collator=_keep_rows, **kwargs)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the optimiser's whole batch itself
+        self.watch = StepWatch(self, rows_are, skip_nonfinite)
+        self.add_callback(self.watch)
 
     # --- what each kind of training says ---
 
@@ -55,6 +67,9 @@ class PassTrainer(Trainer, Generic[Row]):
         """The rows of a batch when their step begins."""
         return rows
 
+    def end_step(self, taken: bool) -> None:
+        """A step's gradient is complete; it is taken, or skipped."""
+
     # --- the step ---
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -67,14 +82,19 @@ class PassTrainer(Trainer, Generic[Row]):
         return batches, self.accelerator.gather(torch.tensor(items, device=device)).sum()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward, pass by pass."""
+        """Forward and backward, pass by pass.
+
+        What isn't finite is the watch's concern: the Trainer's own mean would never be a number again.
+        """
         passes = self.passes(inputs["rows"])
         loss = torch.zeros((), device=self.args.device)
         with scoring(self.model, self.method):
             for number, rows in enumerate(passes, start=1):
                 with self._gradients_synchronised(model, number == len(passes)):
-                    loss += super().training_step(model, self.lay_out(rows), num_items_in_batch)
-        return loss
+                    loss_of_pass = super().training_step(model, self.lay_out(rows), num_items_in_batch)
+                self.watch.saw(rows, loss_of_pass, self.numbers)
+                loss += loss_of_pass
+        return loss.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -102,6 +122,19 @@ class PassTrainer(Trainer, Generic[Row]):
                 longest = passes.pop(max(range(len(passes)), key=lambda number: len(passes[number])))
                 passes += [longest[::2], longest[1::2]]
         return passes
+
+    # --- what is logged as a mean over several steps ---
+
+    def unlogged(self) -> dict[str, Any]:
+        """What has been added up since the last logging step, as JSON has it; empty where nothing has."""
+        if self.state.global_step == self._globalstep_last_logged:
+            return {}
+        return {"last_logged": self._globalstep_last_logged, "loss": self._tr_loss.item()}
+
+    def take_up(self, unlogged: Mapping[str, Any]) -> None:
+        """Go on with what was added up when a checkpoint was written."""
+        self._globalstep_last_logged = unlogged["last_logged"]
+        self._tr_loss += unlogged["loss"]
 
     @contextmanager
     def _gradients_synchronised(self, model: Any, last: bool) -> Iterator[None]:

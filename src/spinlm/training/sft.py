@@ -28,7 +28,7 @@ class SFTTrainer(PassTrainer[TokenizedExample]):
         self.method = method
         self.tokens_per_pass = tokens_per_pass
         self._pad_id = pad_id
-        super().__init__(model=model, args=args, train_dataset=list(examples))
+        super().__init__(rows_are="examples", model=model, args=args, train_dataset=list(examples))
 
     def count_items(self, rows: Sequence[TokenizedExample]) -> int:
         return sum(len(row.real_ids) for row in rows)
@@ -44,7 +44,9 @@ class SFTTrainer(PassTrainer[TokenizedExample]):
     ) -> Any:
         """The negative log-likelihood of a token."""
         processes = self.accelerator.num_processes if model.training else 1
-        loss = -response_logprobs(model, inputs).sum() * processes / num_items_in_batch
+        logprobs = response_logprobs(model, inputs)
+        self.numbers = {"loss": -logprobs.detach()}
+        loss = -logprobs.sum() * processes / num_items_in_batch
         return (loss, {}) if return_outputs else loss
 
 

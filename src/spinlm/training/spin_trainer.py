@@ -33,6 +33,7 @@ from spinlm.players.logprobs import (
 from spinlm.players.models import switch_off_dropout, without_dropout
 from spinlm.training.checkpoints import Arguments
 from spinlm.training.losses import LOSSES, Objective, PairLogprobs
+from spinlm.training.nonfinite import IN_THE_BACKWARD_PASS, skipped_steps
 from spinlm.training.passes import PassTrainer
 
 _PAIR_METRICS = (
@@ -67,6 +68,10 @@ class SPINConfig(Arguments):
         metadata={"help": "Tokens that go through the model together; default: 2048; on a CPU 384, to score 1024."},
     )
 
+    skip_nonfinite: int = field(
+        default=0, metadata={"help": "Steps that may be skipped for a NaN or an infinity; one more is an error."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.loss not in LOSSES:
@@ -76,9 +81,14 @@ class SPINConfig(Arguments):
         for name, least in (("beta", 0.0), ("noise_ratio", 0.0)):
             if not getattr(self, name) > least:
                 raise UserError(f"{name}: {getattr(self, name)} isn't above {least:g}")
-        for name in ("nll_weight", "history_weight"):
+        for name in ("nll_weight", "history_weight", "skip_nonfinite"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}: {getattr(self, name)} is below 0")
+        if self.skip_nonfinite and (self.deepspeed or any(kind in self.optim for kind in IN_THE_BACKWARD_PASS)):
+            by = "deepspeed" if self.deepspeed else f"optim: {self.optim!s}"
+            raise UserError(
+                f"skip_nonfinite: {by} changes the weights before a step can be skipped: choose one of them"
+            )
 
     @property
     def objective(self) -> Objective:
@@ -97,7 +107,7 @@ class SPINTrainer(PassTrainer[Pair]):
     then gets no end-of-turn token. Optional are `reference_real_logprob` and `reference_synthetic_logprob`,
     where the margin is measured against somebody else than the opponent, and, for the triplet loss, `initial`
     (or `initial_ids`; with `initial_truncated`), the starting player's response: without it, the synthetic
-    response is the starting player's.
+    response is the starting player's. `id` is what messages call the row, else by its number.
     Pairs of identical responses are dropped and counted, where the loss only reads margins. The model's own
     dropout is switched off; an adapter's stays.
 
@@ -150,12 +160,15 @@ class SPINTrainer(PassTrainer[Pair]):
         tokenizer_pad = getattr(processing_class, "pad_token_id", None)
         self._pad_id = next((token for token in (pad_id, tokenizer_pad) if token is not None), 0)
         self._sums: dict[str, Tensor] = {}
+        self._step_sums: list[Tensor] = []
         self._last_log = time.perf_counter()
         self._start_checked = False
         self.dropped_identical = 0
         self.objective = args.objective
         self.tokens_per_pass = self._tokens_asked_for(args, training=True)
         super().__init__(
+            rows_are="pairs",
+            skip_nonfinite=args.skip_nonfinite,
             model=model,
             args=args,
             train_dataset=train_dataset,
@@ -241,15 +254,28 @@ class SPINTrainer(PassTrainer[Pair]):
         self._start_checked = True
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def end_step(self, taken: bool) -> None:
+        """What a skipped step's pairs have come to isn't counted."""
+        passes, self._step_sums = self._step_sums, []
+        if taken:
+            sums = torch.stack(passes).sum(dim=0)
+            self._add("train", torch.cat([sums, sums.new_ones(1)]))
+
     def compute_loss(
         self, model: Any, inputs: PairBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss: the mean over the optimiser's whole batch, whatever its division into passes and processes."""
         pairs = self._pair_logprobs(model, inputs)
         processes = self.accelerator.num_processes if model.training else 1
-        self._add_metrics("train" if model.training else "eval", inputs, pairs)
         count = len(pairs.real) if num_items_in_batch is None else num_items_in_batch
-        loss = self.objective(pairs).sum() * processes / count
+        losses = self.objective(pairs)
+        loss = losses.sum() * processes / count
+        sums = self._sums_of(inputs, pairs)
+        if model.training:
+            self.numbers = {"loss": losses.detach(), "margin": self.objective.margin(pairs).detach()}
+            self._step_sums.append(torch.cat([sums, loss.detach().to(sums.dtype)[None]]))
+        else:
+            self._add("eval", sums)
         return (loss, {"margin": self.objective.margin(pairs)}) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -281,7 +307,8 @@ class SPINTrainer(PassTrainer[Pair]):
     def _check_start(self, model: Any, passes: Sequence[Sequence[Pair]]) -> None:
         """At the start main player and opponent are one: every log-ratio is 0.
 
-        So is every margin then, and the logistic loss ln 2, where the reference is the opponent itself.
+        So is every margin then, and the logistic loss ln 2, where the reference is the opponent itself. Where steps may
+        be skipped for a NaN or an infinity, the pairs that have one are the watch's concern.
 
         Raises:
             WrongOpponent: They aren't.
@@ -297,7 +324,13 @@ class SPINTrainer(PassTrainer[Pair]):
                 log_ratios = (logprobs - torch.stack([inputs["opponent_real"], inputs["opponent_synthetic"]])).abs()
                 lengths = torch.stack([pairs.real_tokens, pairs.synthetic_tokens])
                 differences.append(torch.stack([log_ratios, log_ratios / lengths.sqrt()]))
-        largest, worst = torch.cat(differences, dim=-1).flatten(1).amax(dim=1).tolist()
+        difference, loss, margin = torch.cat(differences, dim=-1), torch.cat(losses), torch.cat(margins)
+        if self.args.skip_nonfinite:
+            finite = torch.isfinite(torch.stack([*difference.flatten(0, 1), loss, margin])).all(dim=0)
+            if not finite.any():
+                return
+            difference, loss, margin = difference[..., finite], loss[finite], margin[finite]
+        largest, worst = difference.flatten(1).amax(dim=1).tolist()
         allowed = tolerance(self._compute_dtype())
         if not worst <= allowed:
             raise WrongOpponent(
@@ -306,7 +339,6 @@ class SPINTrainer(PassTrainer[Pair]):
                 "log-probs were computed by other weights, in another precision or with another prompt: compute "
                 "them anew."
             )
-        loss, margin = torch.cat(losses), torch.cat(margins)
         self.log({"start_loss": float(loss.mean()), "start_margin": float(margin.abs().max())})
 
     def _compute_dtype(self) -> torch.dtype:
@@ -320,8 +352,8 @@ class SPINTrainer(PassTrainer[Pair]):
     # --- what is logged ---
 
     @torch.no_grad()
-    def _add_metrics(self, mode: str, inputs: PairBatch, pairs: PairLogprobs) -> None:
-        """Add a batch to the sums kept on the device: no sync."""
+    def _sums_of(self, inputs: PairBatch, pairs: PairLogprobs) -> Tensor:
+        """A batch's metrics, number of pairs and tokens, kept on the device: no sync."""
         rewards = self.objective.rewards(pairs)
         margin = rewards[0] - rewards[1]
         per_pair = [
@@ -335,19 +367,39 @@ class SPINTrainer(PassTrainer[Pair]):
             inputs["truncated"],
         ]
         dtype = widest_float(margin.device)
-        added = torch.stack([values.to(dtype).sum() for values in [*per_pair, torch.ones_like(margin), inputs["read"]]])
-        self._sums[mode] = self._sums[mode] + added if mode in self._sums else added
+        return torch.stack([values.to(dtype).sum() for values in [*per_pair, torch.ones_like(margin), inputs["read"]]])
+
+    def _add(self, mode: str, sums: Tensor) -> None:
+        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
 
     def _take_metrics(self, mode: str) -> dict[str, float]:
-        """Means over the pairs since the last time, over all processes."""
+        """Means over the pairs since the last time, over all processes; in training the loss's over the steps."""
         if mode not in self._sums:
             return {}
-        *sums, count, tokens = self.accelerator.reduce(self._sums.pop(mode), "sum").tolist()
+        taken = self.accelerator.reduce(self._sums.pop(mode), "sum").tolist()
+        *sums, count, tokens = taken[: len(_PAIR_METRICS) + 2]
         metrics = {name: total / count for name, total in zip(_PAIR_METRICS, sums, strict=True)}
         metrics["logprob_per_token_real"] = metrics["logprob_real"] / metrics["length_real"]
         metrics["logprob_per_token_synthetic"] = metrics["logprob_synthetic"] / metrics["length_synthetic"]
         metrics["tokens"] = tokens
+        if mode == "train":
+            loss, steps = taken[-2:]
+            metrics["loss"] = loss / steps
         return metrics
+
+    def unlogged(self) -> dict[str, Any]:
+        """With the sums of the pairs' metrics, where not every step was skipped."""
+        unlogged = super().unlogged()
+        if unlogged and "train" in self._sums:
+            unlogged["sums"] = self._sums["train"].tolist()
+        return unlogged
+
+    def take_up(self, unlogged: Mapping[str, Any]) -> None:
+        """With the sums of the pairs' metrics."""
+        super().take_up(unlogged)
+        if "sums" in unlogged:
+            device = self.args.device
+            self._sums["train"] = torch.tensor(unlogged["sums"], dtype=widest_float(device), device=device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the pairs' metrics to what Trainer logs."""
@@ -358,6 +410,11 @@ class SPINTrainer(PassTrainer[Pair]):
                 metrics["tokens_per_second"] = metrics["tokens"] / (now - self._last_log)
             self._last_log = now
             logs.update(metrics, dropped_identical=self.dropped_identical)
+            if self.args.skip_nonfinite:
+                logs["skipped_nonfinite"] = skipped_steps(self.state)
+                for name in ("loss", "grad_norm"):  # of skipped steps alone, or of one at the interval's end
+                    if not metrics or not math.isfinite(logs.get(name, 0.0)):
+                        logs.pop(name, None)
         elif "eval_loss" in logs:  # in place: evaluate() returns them
             logs.update({f"eval_{name}": value for name, value in self._take_metrics("eval").items()})
         super().log(logs, start_time)
@@ -401,7 +458,10 @@ class PairReader:
 
     def __call__(self, dataset: Any) -> list[Pair]:
         """Raises UserError, with the row's number, where a row can't be read."""
-        return [row if isinstance(row, Pair) else self._pair(row, number) for number, row in enumerate(dataset)]
+        return [
+            replace(row, id=row.id or f"row {number}") if isinstance(row, Pair) else self._pair(row, number)
+            for number, row in enumerate(dataset)
+        ]
 
     def _pair(self, row: Mapping[str, Any], number: int) -> Pair:
         given = (row.get("opponent_real_logprob"), row.get("opponent_synthetic_logprob"))
@@ -419,6 +479,7 @@ class PairReader:
             reference_real_logprob=row.get("reference_real_logprob"),
             reference_synthetic_logprob=row.get("reference_synthetic_logprob"),
             initial_ids=list(ids["initial_ids"]) if ids.get("initial_ids") else None,
+            id=f"row {number}" if row.get("id") is None else str(row["id"]),
         )
 
     def _tokenized(self, row: Mapping[str, Any], number: int) -> dict[str, list[int]]:

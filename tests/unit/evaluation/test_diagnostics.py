@@ -164,6 +164,10 @@ class TestTraining:
         assert jump(0.01, 0.01, 0.9, 0.01) == 1.0, "what isn't clipped is no jump"
         assert jump(2.0, math.inf, 2.0) == 1.0, "float16 finds its loss scale"
 
+    def test_skipped_steps_are_counted_where_all_were(self) -> None:
+        rows = [{"step": 1, "skipped_nonfinite": 1}, {"step": 2, "skipped_nonfinite": 2}]
+        assert of_training(rows, TrainingFacts(beta=0.1)) == {"skipped_nonfinite": 2}
+
 
 def test_held_out_by_hand() -> None:
     sampled = [SampledAnswer(10, False, 0.0, logprob=-5.0, start_logprob=-8.0)]
@@ -227,6 +231,7 @@ def test_all_is_well() -> None:
         ("identical_share", {"identical_share": 0.7}),
         ("grad_norm_ratio", {"grad_norm_jump": 11.0}),
         ("drift", {"drift": 0.7}),
+        ("skipped_nonfinite", {"skipped_nonfinite": 2}),
     ],
 )
 def test_each_warning_and_its_limit(name: str, changes: dict[str, float]) -> None:
@@ -234,6 +239,7 @@ def test_each_warning_and_its_limit(name: str, changes: dict[str, float]) -> Non
     off = WarningsSection(**{name: None})
     assert _warned(FINE | changes, off) == []
     wider = {"real_nll_rise": 0.1, "late_reward_accuracy": 0.4, "diversity_ratio": 0.2, "grad_norm_ratio": 20.0}
+    wider |= {"skipped_nonfinite": 2}
     assert _warned(FINE | changes, WarningsSection(**{name: wider.get(name, 1.8 if "length" in name else 0.98)})) == []
 
 

@@ -325,9 +325,9 @@ class TestIsItThere:
         with pytest.raises(UserError, match=re.escape("pip install 'spinlm[eval]'")):
             Judge(JudgeSettings("http://localhost/v1", "judge"), tmp_path)
 
-    @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http://", "judge"])
+    @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http://", "judge", "http://[/v1"])
     def test_a_url_that_is_none(self, tmp_path: Path, url: str) -> None:
-        with pytest.raises(UserError, match=f"--judge-url: {url}: give it as http://HOST:PORT/v1"):
+        with pytest.raises(UserError, match=re.escape(f"--judge-url: {url}: give it as http://HOST:PORT/v1")):
             Judge(JudgeSettings(url, "judge"), tmp_path)
 
 
@@ -373,13 +373,26 @@ class TestTheKey:
         assert len(contents(tmp_path)) == 1
         assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
-    def test_a_password_in_the_url_isnt_repeated(self, tmp_path: Path) -> None:
-        with JudgeServer(agree, hello=error(401, "no")) as server:
-            url = server.url.replace("http://", "http://me:hunter22@")
-            with pytest.raises(UserError) as raised:
-                Judge(JudgeSettings(url, "judge"), tmp_path).check()
-        assert server.url in str(raised.value)
+    @pytest.mark.parametrize(
+        "url", ["http://me:hunter22@{}", "https://hunter22@{}", "http://{}?key=hunter22", "http://{}#hunter22"]
+    )
+    def test_not_in_the_url(self, tmp_path: Path, url: str) -> None:
+        """Options are seen by all who list a machine's processes."""
+        with JudgeServer(agree) as server, pytest.raises(UserError) as raised:
+            Judge(JudgeSettings(url.format(server.url.removeprefix("http://")), "judge"), tmp_path)
+        assert "the key in the environment (SPINLM_JUDGE_KEY)" in str(raised.value)
         assert "hunter22" not in str(raised.value)
+        assert not server.authorization
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_it_is_not_sent_on(tmp_path: Path, status: int) -> None:
+    """Neither the key nor the answers go where a server points to."""
+    with JudgeServer(agree) as other, JudgeServer(agree) as server:
+        server.hello = error(status, "moved", Location=f"{other.url}/chat/completions")
+        with pytest.raises(UserError, match=f"answers {status}"):
+            judge_of(server, tmp_path).check()
+    assert not other.authorization
 
 
 def test_who_pays_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import tiny
 from spinlm.config import GenerationSection, PromptSection
 from spinlm.data.pairs import Group
 from spinlm.data.render import Renderer
-from spinlm.errors import UserError
+from spinlm.errors import OutOfMemory, UserError
 from spinlm.generation.engine import Request, Response, Sampling, request_seed
 from spinlm.generation.slot_cache import SlotCache
 from spinlm.generation.transformers_engine import TransformersEngine
@@ -169,6 +169,48 @@ def test_progress_counts_every_token_and_every_response_once() -> None:
     tokens, finished = (sum(numbers) for numbers in zip(*counted, strict=True))
     assert tokens == sum(len(response.token_ids) for response in responses)
     assert finished == len(responses)
+
+
+class _FullAbove:
+    """A model that finds memory full, once it has decoded a little, wherever more rows than these are in a pass."""
+
+    def __init__(self, model: Any, rows: int, error: type[Exception] = torch.OutOfMemoryError) -> None:
+        self._rows, self._error, self._passes = rows, error, 0
+        model.get_input_embeddings().register_forward_pre_hook(self._look)
+
+    def _look(self, module: Any, inputs: Any) -> None:
+        self._passes += 1
+        if len(inputs[0]) > self._rows and self._passes > 3:
+            raise self._error("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_where_memory_runs_out_the_batch_is_halved_and_remembered(family: str) -> None:
+    model, requests = _eager_to_stop(family), _requests()[:13]
+    plain = TransformersEngine(_eager_to_stop(family), _renderer(), 3).generate(requests, FREE)
+    _FullAbove(model, rows=8 if family == "llama" else 3)  # six rows are filled up to eight in the slots
+    halved: list[int] = []
+    counted: list[tuple[int, int]] = []
+    engine = TransformersEngine(model, _renderer(), len(requests), halved.append)
+    responses = engine.generate(requests, FREE, lambda *numbers: counted.append(numbers))
+    assert halved == ([6] if family == "llama" else [6, 3])
+    assert [response.token_ids for response in responses] == [response.token_ids for response in plain]
+    tokens, finished = (sum(numbers) for numbers in zip(*counted, strict=True))
+    assert (tokens, finished) == (sum(len(response.token_ids) for response in responses), len(responses))
+    assert any(tokens < 0 for tokens, _ in counted), "something was made in vain, and taken back"
+    assert engine.generate(requests, FREE) == responses
+    assert len(halved) == (1 if family == "llama" else 2), "the next call begins with what fitted"
+
+
+def test_where_not_even_one_response_fits_it_is_said() -> None:
+    model = build_model("llama")
+    _FullAbove(model, rows=0)
+    with pytest.raises(OutOfMemory, match=r"one response at a time .*CUDA out of memory.*Lower generation.max_new_tok"):
+        _generate(model, _requests(4), FREE)
+    broken = build_model("llama")
+    _FullAbove(broken, rows=0, error=KeyError)
+    with pytest.raises(KeyError):
+        _generate(broken, _requests(4), FREE)
 
 
 def test_a_prompt_is_run_once_however_many_responses_it_is_to_have() -> None:

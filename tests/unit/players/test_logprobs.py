@@ -314,6 +314,20 @@ def test_a_layout_whose_logprobs_are_not_numbers_is_not_chosen(place: int, monke
     assert method.reason == "shared with a fused head: log-probs come out that are not finite"
 
 
+def test_memory_that_runs_out_says_nothing_about_a_layout() -> None:
+    """The model's own logits, a response at a time, still fit: what came after would be another layout tomorrow."""
+    model = build_model("llama")
+    passes = iter(range(1000))
+
+    def look(module: Any, inputs: Any) -> None:
+        if next(passes) >= sum(len(group.responses) for group in TELLING):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.get_input_embeddings().register_forward_pre_hook(look)
+    with pytest.raises(torch.OutOfMemoryError):
+        _chosen(model)
+
+
 def _chosen(model: Any, layouts: Sequence[Layout] = LAYOUTS) -> Method:
     return choose_method(model, TELLING, 0, torch.float32, layouts)
 

@@ -22,8 +22,9 @@ from spinlm.errors import UserError
 from spinlm.players.layouts import Layout
 from spinlm.players.logprobs import Method, scoring
 from spinlm.training import spin_trainer
-from spinlm.training.checkpoints import NonFiniteLoss, last_checkpoint, train_resumably
+from spinlm.training.checkpoints import last_checkpoint, train_resumably
 from spinlm.training.losses import Objective, PairLogprobs
+from spinlm.training.nonfinite import NonFiniteLoss
 from spinlm.training.spin_trainer import PromptSampler, SPINConfig, SPINTrainer, WrongOpponent
 from unit.players.families import build_model
 
@@ -711,7 +712,7 @@ def test_a_poisoned_pair_in_between_two_logs_is_found(tmp_path: Path) -> None:
     }
     place = _late(rows, _trainer(tmp_path / "order", rows, **settings), step=4)
     rows[place]["opponent_real_logprob"] = math.inf
-    with pytest.raises(NonFiniteLoss, match="stopped at step 5: the loss is inf"):
+    with pytest.raises(NonFiniteLoss, match="stopped at step 4: the loss is inf"):
         train_resumably(_trainer(tmp_path / "poisoned", rows, **settings))
 
 

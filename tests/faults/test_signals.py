@@ -1,0 +1,136 @@
+"""SIGTERM and SIGINT end a run in order: nothing is lost, and it says how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integration.command import (
+    Outcome,
+    Waiting,
+    contents,
+    differing,
+    rows,
+    spinlm,
+    succeeded,
+    waiting_at,
+    write_recipe,
+)
+from spinlm.training.checkpoints import last_checkpoint
+
+RUN = ("run", "recipe.yaml")
+
+LOGGED_AT = {"save_steps": 3, "logging_steps": 3}
+"""Iteration 1 takes 6 steps, and logs what 3 of them have in common."""
+
+SHOWN = "spinlm.workshop:Workshop._show_training"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """Where the run has been left alone."""
+    from conftest import _place
+
+    place = _place(tmp_path_factory.mktemp("whole") / "place", tiny_llama)
+    write_recipe(place / "recipe.yaml", {"training": LOGGED_AT, "sft": LOGGED_AT})
+    succeeded(spinlm(*RUN, cwd=place))
+    return place
+
+
+@pytest.fixture
+def here(place: Path) -> Path:
+    write_recipe(place / "recipe.yaml", {"training": LOGGED_AT, "sft": LOGGED_AT})
+    return place
+
+
+def stopped(outcome: Outcome, code: int) -> str:
+    """The last line of a run that ended in order."""
+    assert outcome.code == code, f"{outcome.out}\n{outcome.err}"
+    assert "Traceback" not in outcome.out + outcome.err
+    return outcome.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_in_training_the_step_is_finished_and_saved(here: Path, whole: Path, number: int, code: int) -> None:
+    waiting = waiting_at("iteration 1: train 3 6", RUN, here, call=SHOWN)
+    os.kill(waiting.pid, number)
+    outcome = waiting.go_on()
+    name = signal.Signals(number).name
+    assert f"spinlm: {name}: finishing the step and saving a checkpoint; a second one stops at once" in outcome.err
+    assert stopped(outcome, code) == (
+        f"spinlm: stopped by {name} after step 4, which is saved; the same command goes on from here"
+    )
+    run = here / "runs/recipe"
+    (training,) = (run / "checkpoints/iterations/1").iterdir()
+    assert last_checkpoint(training) == training / "checkpoint-4"  # between two that are logged and saved anyway
+    assert not (run / ".staging").exists()
+    assert (run / "lock").read_text() == ""
+    succeeded(spinlm(*RUN, cwd=here))
+    assert differing(whole / "runs/recipe", run) == []
+
+
+def test_what_supervised_training_logs_goes_on_too(here: Path, whole: Path) -> None:
+    changes = ("sft.num_train_epochs=2", "run_dir=runs/longer")
+    succeeded(spinlm(*RUN, *changes, cwd=whole))
+    waiting = waiting_at("sft 3 6", (*RUN, *changes), here, call=SHOWN)
+    os.kill(waiting.pid, signal.SIGTERM)
+    assert "after step 4" in stopped(waiting.go_on(), 143)
+    succeeded(spinlm(*RUN, *changes, cwd=here))
+    assert [row["step"] for row in rows(here / "runs/longer/sft/training.jsonl")] == [3, 6]
+    assert differing(whole / "runs/longer", here / "runs/longer") == []
+
+
+def test_the_best_is_chosen_from_the_checkpoints_of_the_recipe(here: Path) -> None:
+    """One that is there only because of a signal is none of them."""
+    keep = ("keep=best", "run_dir=runs/best")
+    waiting = waiting_at("iteration 1: train 3 6", (*RUN, *keep), here, call=SHOWN)
+    os.kill(waiting.pid, signal.SIGINT)
+    assert "after step 4" in stopped(waiting.go_on(), 130)
+    candidates = [path.name for path in (here / "runs/best/iterations/1/candidates").iterdir()]
+    assert candidates == ["000003"]
+
+
+@pytest.mark.parametrize("place_of", ["iterations/0/synthetic/00001", "iterations/0/opponent_logprobs/00002"])
+def test_elsewhere_it_ends_at_once_and_keeps_every_shard(here: Path, place_of: str) -> None:
+    waiting = waiting_at(place_of, RUN, here)
+    os.kill(waiting.pid, signal.SIGTERM)
+    assert stopped(waiting.go_on(), 143) == "spinlm: stopped by SIGTERM; the same command goes on from here"
+    found = contents(here / "runs/recipe")
+    folder, _, number = place_of.rpartition("/")
+    assert [name for name in found if name.startswith(folder)] == [
+        f"{folder}/{earlier:05d}.jsonl" for earlier in range(int(number))
+    ]
+    assert not [name for name in found if name.startswith(".")]
+
+
+def test_a_second_signal_ends_it_at_once(here: Path, whole: Path) -> None:
+    waiting = waiting_at("iteration 1: train 3 6", RUN, here, call=SHOWN)
+    twice(waiting)
+    outcome = waiting.go_on()
+    assert stopped(outcome, 130) == (
+        "spinlm: stopped at once by a second signal; the same command goes on from the last shard or checkpoint"
+    )
+    (training,) = (here / "runs/recipe/checkpoints/iterations/1").iterdir()
+    assert last_checkpoint(training) is None
+    succeeded(spinlm(*RUN, cwd=here))
+    assert differing(whole / "runs/recipe", here / "runs/recipe") == []
+
+
+def twice(waiting: Waiting) -> None:
+    """A second signal only once the first has been answered: signals that wait are one."""
+    os.kill(waiting.pid, signal.SIGINT)
+    assert "a second one stops at once" in waiting.next_error_line()
+    os.kill(waiting.pid, signal.SIGINT)
+
+
+def test_before_anything_is_loaded(here: Path) -> None:
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    lines = f"import spinlm.config as c; c.load_recipe = lambda *a: exec({program!r}); import spinlm.cli as m; m.main()"
+    done = subprocess.run([sys.executable, "-c", lines, *RUN], cwd=here, capture_output=True, text=True)
+    assert stopped(Outcome(done.returncode, done.stdout, done.stderr), 143).startswith("spinlm: stopped by SIGTERM")
+    assert not (here / "runs").exists()
