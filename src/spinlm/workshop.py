@@ -207,7 +207,8 @@ class Workshop:
         size = _noted_size(note) if note.exists() else self.recipe.generation.batch_size
 
         def halved(size: int) -> None:
-            write_json(note, sealed({"batch_size": size}))  # a run that is interrupted here goes on with the same batches
+            # A run that is interrupted here goes on with the same batches.
+            write_json(note, sealed({"batch_size": size}))
             self.progress.say(f"generation: memory has run out; from here on {size} responses are decoded together")
 
         return TransformersEngine(model, self.renderer, size, halved)
