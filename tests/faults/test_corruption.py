@@ -130,8 +130,8 @@ def test_nothing_of_it_is_read_from_python(copied: Path) -> None:
             ("iterations/1/mixture/0/00001.jsonl", "stopped.json"),
         ),
         (
-            {"training": {"regenerate_every": 2}, "keep": "best", "iterations": 1},
-            ("iterations/0/rounds/00001.jsonl", "iterations/0/kept.json"),
+            {"keep": "best", "iterations": 1},
+            ("iterations/0/kept.json",),
         ),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from faults.starts import Starts
-from integration.command import Outcome, differing, refused, spinlm_process, succeeded, waiting_at
+from integration.command import Outcome, Waiting, differing, refused, spinlm_process, succeeded, waiting_at
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
 
@@ -70,31 +70,26 @@ def test_two_at_once_of_a_new_run_and_of_one_that_is_there(place: Path, finished
 
 
 @pytest.fixture
-def first(place: Path) -> Iterator[subprocess.Popen[str]]:
-    process = waiting_at("iterations/0/synthetic/00001", RUN, place)
+def first(place: Path) -> Iterator[Waiting]:
+    waiting = waiting_at("iterations/0/synthetic/00001", RUN, place)
     (place / "runs/recipe/lock").unlink()
-    yield process
-    if process.poll() is None:
-        process.communicate("\n")
+    yield waiting
+    waiting.kill()
 
 
 @pytest.mark.slow
-def test_somebody_removed_the_lock(place: Path, finished: Path, first: subprocess.Popen[str]) -> None:
+def test_somebody_removed_the_lock(place: Path, finished: Path, first: Waiting) -> None:
     """It is taken again."""
-    out, _ = first.communicate("\n")
-    assert out.splitlines()[-1] == "[0]"
+    succeeded(first.go_on())
     assert (place / "runs/recipe/lock").exists()
     assert differing(finished / "runs/recipe", place / "runs/recipe") == []
 
 
 @pytest.mark.slow
-def test_somebody_removed_the_lock_and_started_another(
-    place: Path, finished: Path, first: subprocess.Popen[str]
-) -> None:
+def test_somebody_removed_the_lock_and_started_another(place: Path, finished: Path, first: Waiting) -> None:
     """The first one ends, and harms nothing of what the second one has made."""
     succeeded(spinlm_process(*RUN, cwd=place))
-    out, _ = first.communicate("\n")
-    assert out.splitlines()[-1] == "[2]"
+    refused(first.go_on(), "runs/recipe/lock: was removed, and another process has started this run since")
     assert differing(finished / "runs/recipe", place / "runs/recipe") == []
 
 
