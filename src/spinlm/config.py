@@ -334,6 +334,8 @@ class TrainingSection(TrainerSection):
         for key, loss in (("noise_ratio", "noise_contrastive"), ("history_weight", "triplet")):
             if key in self.model_fields_set and getattr(self, key) != 1.0 and self.loss != loss:
                 raise ValueError(f"{key} is read with loss: {loss} only")
+        if self.skip_nonfinite and (reason := unskippable(self.optim, (self.model_extra or {}).get("deepspeed"))):
+            raise ValueError(f"skip_nonfinite: {reason}")
         if self.loss == "triplet" and self.mixture is not None:
             raise ValueError("mixture: the triplet loss has no opponent's log-probs that could be mixed")
         if self.regenerate_every is not None and self.mixture is not None:
@@ -499,6 +501,14 @@ class Recipe(Section):
             for key in sorted(mine.keys() | theirs.keys())
             if key != "run_dir" and mine.get(key) != theirs.get(key)
         ]
+
+
+def unskippable(optim: str, deepspeed: Any) -> str | None:
+    """Why no step can be skipped once its gradient is known: the weights have been changed by then. None: it can."""
+    if deepspeed or any(kind in optim.lower() for kind in ("lomo", "layerwise")):
+        by = "deepspeed" if deepspeed else f"optim: {optim}"
+        return f"{by} changes the weights before a step can be skipped: choose one of them"
+    return None
 
 
 def at(schedule: Schedule, iteration: int) -> float:
