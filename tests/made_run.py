@@ -5,7 +5,6 @@ What a run computes from others (measures from examples) is computed by the same
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 from spinlm.config import recipe_from
 from spinlm.evaluation.measures import HeldOutExample, SampledAnswer, measure
-from spinlm.rundir import RunDir, write_json, write_jsonl
+from spinlm.rundir import TIMINGS, RunDir, add_to_log, write_json, write_jsonl
 
 VERSIONS = {"python": "3.12.0", "spinlm": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
 
@@ -136,8 +135,7 @@ class MadeRun:
 
     def took(self, what: str, seconds: float, tokens: int | None = None) -> MadeRun:
         row = {"what": what, "seconds": seconds} | ({} if tokens is None else {"tokens": tokens})
-        with (self.path / "timings.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        add_to_log(self.path / TIMINGS, row)
         return self
 
     def _each(self, made: Sequence[Made]) -> list[tuple[MadeExample, Made]]:

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 
 from spinlm import interruption
 from spinlm.config import ModelSection, Recipe
-from spinlm.errors import OutOfMemory, UserError
+from spinlm.errors import OutOfMemory, UserError, writing
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.card import model_card
 from spinlm.reporting.diagnostics import diagnostics
 from spinlm.reporting.judged import judged_tables
 from spinlm.reporting.metrics import evaluations_frame, metrics_frame
 from spinlm.reporting.report import Report, Sample, verdict
-from spinlm.reporting.summary import beside_the_others, summarise
+from spinlm.reporting.summary import beside_the_others, measured_players, summarise
 from spinlm.reporting.training_log import folder_of
 from spinlm.reporting.verdict import closing_words
-from spinlm.rundir import RunDir, read_json, write_json
+from spinlm.rundir import RunDir, copy, read_json, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -69,8 +69,8 @@ class Run:
     @property
     def measures(self) -> dict[str, dict[str, dict[str, float]]]:
         """Each player's held-out measures: measure to value, low, high, prompts."""
-        paths = sorted((self.path / "evaluation").glob("*/measures.json"))
-        return {path.parent.name: read_json(path) for path in paths}
+        names = measured_players(self._run_dir, self.recipe)
+        return {name: self._run_dir.committed_json(f"evaluation/{name}/measures.json") for name in names}
 
     @property
     def benchmarks(self) -> DataFrame:
@@ -106,7 +106,9 @@ class Run:
         link = self.path / name
         if not link.exists():
             raise UserError(f"{link}: not there yet: no iteration is trained")
-        return link.resolve()
+        weights = link.resolve()
+        self._run_dir.verify(weights.relative_to(self.path.resolve()).as_posix())
+        return weights
 
 
 def run(recipe: Recipe, fork: str | Path | None = None, repair: bool = False, console: Console | None = None) -> Run:
@@ -156,13 +158,12 @@ def opened(
     with (
         interruption.listening(),
         watching(processes.process_index, processes.num_processes),
+        writing(run_dir.path),
         run_dir.locked() if processes.is_main_process else nullcontext(),
     ):
         if processes.is_main_process:
-            run_dir.begin(recipe, versions(), forked_from)
-            broken = run_dir.repair() if repair else []
+            broken = run_dir.begin(recipe, versions(), forked_from, repair)
         processes.wait_for_everyone()
-        run_dir = RunDir(Path(recipe.run_dir))
         progress = Progress(console or Console(), speaks=processes.is_main_process)
         if processes.is_main_process:
             for key in broken:
@@ -196,13 +197,13 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
     run_dir = stages.run
     summary = summarise(run_dir)
     report = Report(summary, _samples(stages, evaluations))
-    (run_dir.path / "report.md").write_text(report.markdown(), encoding="utf-8")
+    run_dir.put("report.md", report.markdown())
     if stages.data.held_out:
         stages.progress.console.print(report.table())
     stages.progress.say(verdict(summary))
     _say_samples(stages, report)
-    stages.page.conclude()
-    stages.progress.say(f"report: {run_dir.path / 'report.html'}")
+    if stages.page.conclude():
+        stages.progress.say(f"report: {run_dir.path / 'report.html'}")
     stages.progress.say(closing_words(run_dir, summary))
 
 
@@ -262,8 +263,8 @@ def benchmark(
 
 def _show_benchmarks(stages: Stages, folders: Sequence[str]) -> None:
     """All tables in a file, those of these folders on the terminal."""
-    tables, path = benchmark_tables(stages.run), stages.run.path / "benchmarks.md"
-    path.write_text("# Benchmarks\n\n" + "\n".join(table.markdown() for table in tables), encoding="utf-8")
+    tables = benchmark_tables(stages.run)
+    path = stages.run.put("benchmarks.md", "# Benchmarks\n\n" + "\n".join(table.markdown() for table in tables))
     for table in tables:
         if table.folder in folders:
             stages.progress.console.print(table.rich())
@@ -293,7 +294,7 @@ def judge(
             player that self-play started from.
         questions: A file, or a dataset on the hub. None: the held-out prompts for arena, MT-bench's for mt-bench.
         limit: Only this many of them, for a try.
-        repair: Make anew those answers and results that aren't what was committed.
+        repair: Make anew those answers, results and verdicts that aren't what was kept.
         console: Where to show progress; default: standard output.
 
     Raises:
@@ -307,7 +308,7 @@ def judge(
     with opened(recipe, only={"evaluate", "benchmark"}, console=console) as stages:
         if repair and stages.processes.is_main_process:
             stages.run.repair("benchmarks/answers/", *(f"benchmarks/{suite}/" for suite in suites))
-        keys = judge_run(stages, Judging(suites, names, against, questions, limit), settings)
+        keys = judge_run(stages, Judging(suites, names, against, questions, limit, repair), settings)
         for table in judged_tables(stages.run, keys):
             stages.progress.console.print(table.rich())
         for key in keys:
@@ -359,6 +360,13 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
             f"{source.path}: its base is a GGUF file, which an adapter alone can't name: export with --merge"
         )
     name, weights = _weights_of(source, iteration)
+    with writing(out):
+        _export(source, name, weights, out, merge)
+    return out
+
+
+def _export(source: Run, name: str, weights: Path, out: Path, merge: bool) -> None:
+    """All of it or nothing."""
     RunDir(source.path).verify(weights.relative_to(source.path.resolve()).as_posix())
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
@@ -370,7 +378,6 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return out
 
 
 def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool) -> None:
@@ -383,7 +390,7 @@ def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool)
     if whole:
         players.merged(Player(name, weights, "exported")).save_pretrained(out)
     else:
-        shutil.copytree(weights, out)
+        copy(weights, out)
         _name_the_base(out / "adapter_config.json", recipe.model)
     Renderer(players.tokenizer, recipe.prompt, players.stop_ids()).tokenizer.save_pretrained(out)
     (out / "README.md").write_text(_card(RunDir(source.path), name, whole), encoding="utf-8")

@@ -51,7 +51,7 @@ def run_suites(stages: Stages, suites: Mapping[str, Suite], catalogue: Catalogue
     if stages.processes.is_main_process:
         stages.close()
         for name, suite in suites.items():
-            _describe(stages.run, name, suite, settings.limit)
+            _describe(stages.run, name, suite, settings.limit, settings.repair)
         definitions = {task.task: digest(catalogue.definition(task.task)) for task in _tasks(suites)}
         for player in committed_players(stages, settings.iterations):
             for name, suite in suites.items():
@@ -77,15 +77,18 @@ def folder_of(suite: str, limit: int | None) -> str:
     return f"{FOLDER}/{suite}" if limit is None else f"{FOLDER}/{suite}.limit-{limit}"
 
 
-def _describe(run: RunDir, name: str, suite: Suite, limit: int | None) -> None:
-    """Beside the results, what the suite is, so that they can be shown wherever the run directory is."""
+def _describe(run: RunDir, name: str, suite: Suite, limit: int | None, repair: bool = False) -> None:
+    """Beside the results, what the suite is by now, so that they can be shown wherever the run directory is."""
     description = suite.model_dump(mode="json") | {
         "name": name,
         "limit": limit,
         "tasks": [{"name": task.name, **task.model_dump(mode="json")} for task in suite.tasks],
         "paper": suite.paper and {"source": suite.paper.source, "rows": suite.paper.in_order()},
     }
-    write_json(run.path / folder_of(name, limit) / SUITE_FILE, description)
+    artifact = run.artifact(f"{folder_of(name, limit)}/{SUITE_FILE}", STAGE, description)
+    if not _is_whole(artifact, repair):
+        with artifact.staging() as place:
+            write_json(place, description)
 
 
 def _tasks(suites: Mapping[str, Suite]) -> Iterator[SuiteTask]:
@@ -108,14 +111,19 @@ def _artifact(
     return stages.run.artifact(f"{folder_of(name, limit)}/{player.name}/{task.name}.json", STAGE, inputs)
 
 
-def _is_measured(artifact: Artifact, repair: bool) -> bool:
+def _is_whole(artifact: Artifact, repair: bool) -> bool:
     try:
-        if artifact.is_committed():
-            return True
+        return artifact.is_committed()
     except CorruptArtifact:
         if not repair:
             raise
+        artifact.run.forget(artifact.key)
         return False
+
+
+def _is_measured(artifact: Artifact, repair: bool) -> bool:
+    if _is_whole(artifact, repair):
+        return True
     if (changed := artifact.changed_inputs()) and not repair:
         raise UserError(
             f"{artifact.path}: was measured differently ({', '.join(changed)} changed since): --repair measures anew, "

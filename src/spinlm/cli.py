@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from spinlm import interruption
-from spinlm.errors import UserError, without_secrets
+from spinlm.errors import UserError, disk_trouble, without_secrets
 
 app = typer.Typer(
     help="SPIN: self-play fine-tuning for any Hugging Face causal language model.",
@@ -353,7 +352,7 @@ def _serve(path: Path, host: str | None, port: int | None) -> None:
 
 
 def _iteration(stages: Any, stage: str, asked: int | None) -> int:
-    from spinlm.rundir import STOPPED, read_json
+    from spinlm.rundir import STOPPED
 
     count = stages.recipe.iterations
     if asked is not None:
@@ -361,7 +360,7 @@ def _iteration(stages: Any, stage: str, asked: int | None) -> int:
             raise UserError(f"--iteration {asked}: the recipe has {count} iterations, 0 to {count - 1}")
         return asked
     if stages.run.has_record(STOPPED):
-        reason = read_json(stages.run.path / STOPPED)["reason"]
+        reason = stages.run.committed_json(STOPPED)["reason"]
         raise UserError(f"{stages.run.path}: has stopped, since {reason}; give --iteration to go on all the same")
     is_done = stages.is_generated if stage == "generate" else stages.is_trained
     return next((t for t in range(count) if not is_done(t)), count - 1)
@@ -383,11 +382,10 @@ def main() -> None:
                 "memory has run out. Nothing committed is lost: what else runs on this machine or its GPU takes memory "
                 "too, and spinlm plan RECIPE says what a run needs."
             )
-        if not _is_disk_full(error):
-            sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
-            raise SystemExit(1) from None
-        place = getattr(error, "filename", None) or "the run directory"
-        _fail(f"{place}: the disk is full. Nothing committed is lost: make space, and run the same command again.")
+        if trouble := disk_trouble(error, "the disk"):
+            _fail(str(trouble))
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+        raise SystemExit(1) from None
 
 
 def _quieten_libraries() -> None:
@@ -418,13 +416,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     from spinlm.hardware import is_out_of_memory
 
     return is_out_of_memory(error)
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Libraries that write for us report it each in their own way."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    text = str(error)
-    by_safetensors = type(error).__name__ == "SafetensorError" and "write" in text
-    by_torch = any(words in text for words in ("PytorchStreamWriter", "iostream error", "unexpected pos"))
-    return "No space left on device" in text or by_safetensors or by_torch

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 SHORTEST_SECRET = 8
 """Characters; a shorter key (`EMPTY`, `x`) is a local server's placeholder, and may be a word."""
@@ -58,6 +61,43 @@ class OutOfMemory(UserError):
     def with_estimate(self, estimate: str) -> OutOfMemory:
         """The same, with what `spinlm plan` says of it."""
         return OutOfMemory(*self._parts, estimate)
+
+
+def disk_trouble(error: Exception, place: Path | str) -> UserError | None:
+    """What to say where a disk is full, failing or closed to us; None where that isn't what is wrong.
+
+    Args:
+        error: What came up. Libraries that write for us report it each in their own way.
+        place: Where something was written, unless the error knows better.
+    """
+    if _is_full(error):
+        trouble, remedy = "the disk is full", "make space"
+    elif isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+        trouble, remedy = str(error.strerror), "see to it"
+    else:
+        return None
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None) or place
+    return UserError(f"{named}: {trouble}. Nothing committed is lost: {remedy}, and run the same command again.")
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Where a disk is full, failing or closed to us while something is written there, that is said, with the place."""
+    try:
+        yield
+    except Exception as error:
+        if trouble := disk_trouble(error, place):
+            raise trouble from error
+        raise
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    by_safetensors = type(error).__name__ == "SafetensorError" and "write" in text
+    by_torch = any(words in text for words in ("PytorchStreamWriter", "iostream error", "unexpected pos"))
+    return not isinstance(error, UserError) and ("No space left on device" in text or by_safetensors or by_torch)
 
 
 def first_line(error: Exception) -> str:

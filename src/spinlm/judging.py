@@ -55,6 +55,7 @@ class Judging:
         against: Whom they are held against; see `opposing`.
         questions: A file or a dataset on the hub. None: the held-out prompts for arena, MT-bench's for mt-bench.
         limit: Only this many of them, the first ones.
+        repair: Ask the judge again where what it said is kept no longer as it was.
     """
 
     suites: Sequence[str]
@@ -62,6 +63,7 @@ class Judging:
     against: str | None = None
     questions: str | None = None
     limit: int | None = None
+    repair: bool = False
 
 
 def judge_run(stages: Stages, judging: Judging, settings: JudgeSettings) -> list[str]:
@@ -73,7 +75,7 @@ def judge_run(stages: Stages, judging: Judging, settings: JudgeSettings) -> list
     Raises:
         UserError: A player, a model, the questions or the judge can't be had, or it gives no verdict.
     """
-    judge = Judge(settings, stages.run.path / "benchmarks/verdicts")
+    judge = Judge(settings, stages.run.path / "benchmarks/verdicts", judging.repair)
     players = [PlayerOfRun(stages, stages.player(name)) for name in judging.players]
     other = opposing(stages, judging.against)
     if [player.name for player in players] == [other.name]:

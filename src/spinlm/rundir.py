@@ -21,11 +21,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from spinlm.config import Recipe, recipe_from
-from spinlm.errors import UserError
+from spinlm.errors import UserError, disk_trouble, first_line
 
 Inputs = Mapping[str, Any]
 """What an artifact is made from: JSON values and the hashes of other artifacts."""
@@ -34,6 +36,11 @@ Inputs = Mapping[str, Any]
 STOPPED = "stopped.json"
 """The artifact that says after how many iterations the loop ended, where that wasn't the last, and why."""
 
+TIMINGS = "timings.jsonl"
+"""Seconds and tokens of each stage, a sealed row for each time that something was done."""
+
+_HEADER = "run.json"
+_OWN_HASH = "own_hash"
 _PART = ".part"
 
 
@@ -90,21 +97,25 @@ class Artifact:
     def staging(self) -> Iterator[Path]:
         """A place to write it; on leaving, it is committed."""
         staging_root = self.run.path / ".staging"
-        staging_root.mkdir(exist_ok=True)
+        make_directory(staging_root)
         place = Path(tempfile.mkdtemp(dir=staging_root)) / self.path.name
         try:
             yield place
             self._commit(place)
+        except FileNotFoundError:
+            self.run.check_lock()  # or has another process swept it away?
+            raise
         finally:
             shutil.rmtree(place.parent, ignore_errors=True)
 
     def _commit(self, written: Path) -> None:
         files = file_hashes(written)
         flush_to_disk(written)
+        self.run.check_lock()
         self.run.forget(self.key)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path.parent)
         written.rename(self.path)
-        _flush_directory(self.path.parent)
+        flush_directory(self.path.parent)
         record = {
             "key": self.key,
             "stage": self.stage,
@@ -112,7 +123,7 @@ class Artifact:
             "inputs": canonical(self.inputs),
             "files": files,
         }
-        write_json(self.run.record_path(self.key), record | {"record_hash": digest(record)})
+        write_json(self.run.record_path(self.key), sealed(record))
 
     def _adopt(self, other: RunDir) -> bool:
         """Take the same artifact from the run this one was forked from, where it still holds."""
@@ -123,7 +134,6 @@ class Artifact:
         except CorruptArtifact:
             return False
         with self.staging() as place:
-            copy = shutil.copytree if (other.path / self.key).is_dir() else shutil.copyfile
             copy(other.path / self.key, place)
         return True
 
@@ -133,51 +143,77 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.forked_from: RunDir | None = None
-        if self.exists() and (source := self.header().get("forked_from")):
-            self.forked_from = RunDir(Path(source))
+        self._lock: FileIO | None = None
 
     # --- the run itself ---
 
     def exists(self) -> bool:
-        return (self.path / "run.json").is_file()
+        return (self.path / _HEADER).is_file()
+
+    @cached_property
+    def forked_from(self) -> RunDir | None:
+        """The run that this one takes over from what still holds."""
+        source = self.header()["forked_from"] if self.exists() else None
+        return None if source is None else RunDir(Path(source))
 
     def header(self) -> dict[str, Any]:
         """`run.json`: the recipe, the versions, what it was forked from.
 
         Raises:
-            UserError: There is no run here, or its header can't be read.
+            UserError: There is no run here.
+            CorruptArtifact: Its header isn't what was written.
         """
-        path = self.path / "run.json"
+        path = self.path / _HEADER
+        remedy = "Restore it, or let spinlm run RECIPE --repair make it anew from the recipe that you give"
         try:
-            header = dict(read_json(path))
+            return unsealed(read_json(path))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.path}: not a run directory (it has no run.json)") from None
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(f"{path}: can't be read: {error}; restore it, or start a new run") from None
-        if missing := {"recipe", "versions", "forked_from"} - header.keys():
-            raise UserError(f"{path}: has no {', '.join(sorted(missing))}; restore it, or start a new run")
-        return header
+        except OSError as error:
+            raise UserError(f"{path}: can't be read: {error.strerror}") from None
+        except ValueError as error:
+            raise CorruptArtifact(f"{path}: not what was written: {first_line(error)}. {remedy}") from None
 
     def recipe(self) -> Recipe:
         """The recipe that the run was started with."""
-        return recipe_from(self.header()["recipe"], where=str(self.path / "run.json"))
+        return recipe_from(self.header()["recipe"], where=str(self.path / _HEADER))
 
-    def begin(self, recipe: Recipe, versions: Mapping[str, str], forked_from: Path | None = None) -> None:
+    def begin(
+        self, recipe: Recipe, versions: Mapping[str, str], forked_from: Path | None = None, repair: bool = False
+    ) -> list[str]:
         """Start a run here, or go on with the one that is.
+
+        Args:
+            recipe: What to do.
+            versions: Of what decides the run's numbers.
+            forked_from: The run that a new one takes over from.
+            repair: Write a header anew that isn't what was written, and forget what isn't what was committed.
+
+        Returns:
+            What was broken: the keys of artifacts, and `run.json`.
 
         Raises:
             UserError: It is a run of another recipe.
         """
-        if not self.exists() or not self._record_paths():
+        broken = [_HEADER] if repair and self.exists() and not self._has_whole_header() else []
+        if not self.exists() or not self._record_paths() or broken:
             header = {
                 "recipe": recipe.model_dump(mode="json"),
                 "versions": dict(versions),
                 "forked_from": str(forked_from.resolve()) if forked_from else None,
             }
-            write_json(self.path / "run.json", header)
-            self.forked_from = RunDir(forked_from) if forked_from else None
-            return
+            write_json(self.path / _HEADER, sealed(header))
+        self._check_recipe(recipe)
+        return broken + (self.repair() if repair else [])
+
+    def _has_whole_header(self) -> bool:
+        try:
+            self.header()
+        except CorruptArtifact:
+            return False
+        return True
+
+    def _check_recipe(self, recipe: Recipe) -> None:
         differing = self.recipe().differences(recipe)
         if differing:
             raise UserError(
@@ -194,31 +230,62 @@ class RunDir:
         Raises:
             UserError: Another process holds it, or the directory can't be written or holds something else.
         """
-        if not self.exists() and any(entry.name not in ("lock", ".run.json") for entry in self.path.glob("*")):
+        others = [entry for entry in self.path.glob("*") if entry.name not in ("lock", f".{_HEADER}")]
+        if others and not self.exists():  # asked last: another process may be starting the run
             raise UserError(f"{self.path}: holds files but no run; give an empty or new directory as run_dir")
+        self._lock = self._take_lock()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / "lock").open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{self.path}: can't write there: {error}") from None
-        with lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                lock.seek(0)
-                raise UserError(
-                    f"{self.path}: another process is running this ({lock.read().strip()}). "
-                    "Wait for it, or stop it first."
-                ) from None
-            lock.truncate(0)
-            lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
             self._sweep()
-            try:
-                yield
-            finally:
+            yield
+        finally:
+            if self._holds_lock():
                 shutil.rmtree(self.path / ".staging", ignore_errors=True)
-                lock.truncate(0)
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> FileIO:
+        try:
+            make_directory(self.path)
+            lock = (self.path / "lock").open("a+b", buffering=0)
+        except OSError as error:
+            raise disk_trouble(error, self.path) or UserError(f"{self.path}: can't write there: {error}") from None
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            with lock:
+                lock.seek(0)
+                holder = lock.read().decode(errors="replace").strip()
+            raise UserError(
+                f"{self.path}: another process is running this ({holder}). Wait for it, or stop it first."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+        return lock
+
+    def check_lock(self) -> None:
+        """See to it that the run is still held, where this process took it: somebody may have removed the lock's file.
+
+        Raises:
+            UserError: Another process has started the run since.
+        """
+        if self._lock is None or self._holds_lock():
+            return
+        if (self.path / "lock").exists():
+            raise UserError(
+                f"{self.path}/lock: was removed, and another process has started this run since. This one ends here; "
+                "nothing committed is lost."
+            )
+        taken = self._take_lock()
+        self._lock.close()
+        self._lock = taken
+
+    def _holds_lock(self) -> bool:
+        """Whether the file that this process has locked is the one that others would lock."""
+        assert self._lock is not None
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._lock.fileno()), (self.path / "lock").stat())
+        return False
 
     def _sweep(self) -> None:
         """Remove what a killed process has left half-written."""
@@ -281,13 +348,9 @@ class RunDir:
         """
         path = self.record_path(key)
         try:
-            record = dict(read_json(path))
-            whole = record.pop("record_hash", None) == digest(record)
-        except (ValueError, TypeError):
-            whole = False
-        if not whole:
-            raise CorruptArtifact(f"{path}: not what was committed. {self._remedy(stage)}")
-        return record
+            return unsealed(read_json(path))
+        except ValueError:
+            raise CorruptArtifact(f"{path}: not what was committed. {self._remedy(stage)}") from None
 
     def hash(self, key: str) -> str:
         """A committed artifact's hash."""
@@ -360,7 +423,9 @@ class RunDir:
 
     def forget(self, key: str) -> None:
         """Remove an artifact and its record, the record first."""
-        self.record_path(key).unlink(missing_ok=True)
+        if self.has_record(key):
+            self.record_path(key).unlink()
+            flush_directory(self.record_path(key).parent)
         place = self.path / key
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
@@ -395,6 +460,7 @@ class RunDir:
         staging.unlink(missing_ok=True)
         staging.symlink_to(key)
         staging.replace(self.path / name)
+        flush_directory(self.path)
 
 
 def _is_held(lock: BinaryIO) -> bool:
@@ -414,6 +480,16 @@ def canonical(value: Any) -> Any:
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def copy(source: Path, place: Path) -> None:
+    """What is in a file or a directory, without its permissions: it may be one that nobody may write."""
+    if not source.is_dir():
+        shutil.copyfile(source, place)
+        return
+    place.mkdir()
+    for path in source.iterdir():
+        copy(path, place / path.name)
 
 
 def file_hashes(place: Path) -> dict[str, str]:
@@ -440,12 +516,34 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place and rename it in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    flush_to_disk(beside)
-    beside.replace(path)
-    _flush_directory(path.parent)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        flush_to_disk(beside)
+        flush_directory(path.parent)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    flush_directory(path.parent)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the hash of what it says in it, so that it can be told whether it was changed."""
+    return {**content, _OWN_HASH: digest(content)}
+
+
+def unsealed(content: Any) -> dict[str, Any]:
+    """What a sealed object says.
+
+    Raises:
+        ValueError: It isn't what was sealed.
+    """
+    said = {name: value for name, value in content.items() if name != _OWN_HASH} if isinstance(content, dict) else {}
+    if not said or digest(said) != content.get(_OWN_HASH):
+        raise ValueError("its own hash differs")
+    return said
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -459,18 +557,44 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def add_to_log(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a sealed row to a JSONL file, on a line of its own even where the one before was cut short."""
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(sealed(row)).encode() + b"\n")
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Those rows of a log that are what was written."""
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            yield unsealed(json.loads(line))
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, and see to it that they stay after a power cut."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        flush_directory(directory.parent)
+
+
 def flush_to_disk(place: Path) -> None:
     """fsync a file, or every file of a directory and the directories themselves."""
     paths = [place, *place.rglob("*")] if place.is_dir() else [place]
     for path in paths:
         if path.is_dir():
-            _flush_directory(path)
+            flush_directory(path)
         else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
-def _flush_directory(path: Path) -> None:
+def flush_directory(path: Path) -> None:
+    """fsync a directory: the names in it, not what they stand for."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -41,9 +41,8 @@ from spinlm.rundir import (
     STOPPED,
     Artifact,
     Inputs,
+    copy,
     digest,
-    read_json,
-    read_jsonl,
     write_json,
     write_jsonl,
 )
@@ -271,7 +270,7 @@ class Stages(Workshop):
             with kept.staging() as staged:
                 write_json(staged, {"checkpoint": best, "measure": self.chosen_measure, "values": values})
             with weights.staging() as staged:
-                shutil.copytree(self.run.path / f"{folder}/candidates/{best}", staged)
+                copy(self.run.path / f"{folder}/candidates/{best}", staged)
         self.processes.wait_for_everyone()
 
     def _answer_candidate(self, folder: str, title: str, player: Player) -> tuple[Answers, Answers | None]:
@@ -317,7 +316,7 @@ class Stages(Workshop):
                 rows = [asdict(pair) for pair in make()]
                 with artifact.staging() as place:
                     write_jsonl(place, rows)
-            return [Pair(**row) for row in read_jsonl(artifact.path)]
+            return [Pair(**row) for row in self.run.committed_rows(artifact.key)]
 
         return RegeneratingTrainer(
             model, args, pairs, pad_id=pad_id, method=method, every=every, answer=answer, keep=keep
@@ -378,8 +377,8 @@ class Stages(Workshop):
                 write_json(place, {name: asdict(value) for name, value in measure(examples).items()})
             self.page.update(now=True)
         self.processes.wait_for_everyone()
-        examples = [HeldOutExample.of(row) for row in read_jsonl(rows.path)]
-        return Evaluation(player, sampled, greedy, scores, examples, read_json(measures.path))
+        examples = [HeldOutExample.of(row) for row in self.run.committed_rows(rows.key)]
+        return Evaluation(player, sampled, greedy, scores, examples, self.run.committed_json(measures.key))
 
     def diagnose(self, iteration: int, answers: Answers, player: Evaluation, opponent: Evaluation) -> None:
         """What an iteration's pairs, its training and its held-out examples say, kept and, where it is amiss, shown."""
@@ -395,7 +394,7 @@ class Stages(Workshop):
             return
         groups, identical = self._said(answers)
         values = of_pairs(groups, identical, self.renderer.markers())
-        log = read_jsonl(self.run.path / f"{folder}/training.jsonl")
+        log = self.run.committed_rows(f"{folder}/training.jsonl")
         values |= of_training(log, self._training_facts(iteration))
         values |= of_held_out(player.examples, opponent.examples)
         warned = warnings(values, self.recipe.warnings)

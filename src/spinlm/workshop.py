@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import chain, cycle, islice
@@ -38,13 +37,17 @@ from spinlm.reporting.html import LivePage
 from spinlm.reporting.progress import Progress
 from spinlm.results import Answers, Scores
 from spinlm.rundir import (
+    TIMINGS,
     Artifact,
     Inputs,
     RunDir,
+    add_to_log,
     digest,
     file_hashes,
+    make_directory,
     read_json,
-    read_jsonl,
+    sealed,
+    unsealed,
     write_json,
     write_jsonl,
 )
@@ -115,9 +118,9 @@ class Workshop:
                     write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
         self.processes.wait_for_everyone()
         split = Split(
-            train=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "train.jsonl")],
-            held_out=[TokenizedExample(**row) for row in read_jsonl(artifact.path / "held_out.jsonl")],
-            dropped=[Dropped(**row) for row in read_jsonl(artifact.path / "dropped.jsonl")],
+            train=[TokenizedExample(**row) for row in self.run.committed_rows("data", "train.jsonl")],
+            held_out=[TokenizedExample(**row) for row in self.run.committed_rows("data", "held_out.jsonl")],
+            dropped=[Dropped(**row) for row in self.run.committed_rows("data", "dropped.jsonl")],
         )
         _check_measure(self.recipe, split)  # again: a forked run measures the same data by another recipe
         self._say_data(split)
@@ -204,7 +207,8 @@ class Workshop:
         size = _noted_size(note) if note.exists() else self.recipe.generation.batch_size
 
         def halved(size: int) -> None:
-            write_json(note, size)  # a run that is interrupted here goes on with the same batches
+            # A run that is interrupted here goes on with the same batches.
+            write_json(note, sealed({"batch_size": size}))
             self.progress.say(f"generation: memory has run out; from here on {size} responses are decoded together")
 
         return TransformersEngine(model, self.renderer, size, halved)
@@ -310,7 +314,8 @@ class Workshop:
             artifact = self.run.artifact("layout.json", "data", inputs)
             with self.processes.main_process_first():  # which copies it, in a forked run
                 is_settled = artifact.is_committed()
-            method = Method(**read_json(artifact.path)) if is_settled else self._choose_method(player, examples)
+            settled = self.run.committed_json(artifact.key) if is_settled else None
+            method = Method(**settled) if settled else self._choose_method(player, examples)
             self.processes.wait_for_everyone()
             if self.processes.is_main_process and not is_settled:
                 with artifact.staging() as place:
@@ -357,7 +362,7 @@ class Workshop:
                     self.page.update()
                 timing["tokens"] = task.tokens
         self.processes.wait_for_everyone()
-        rows = [row for artifact in artifacts for row in read_jsonl(artifact.path)]
+        rows = [row for artifact in artifacts for row in self.run.committed_rows(artifact.key)]
         return rows, digest([artifact.hash for artifact in artifacts])
 
     def _train(
@@ -395,12 +400,14 @@ class Workshop:
             with memory, self.timed(folder), self._tracked(folder) as trackers:
                 method = self.settle_method(start)
                 model = self.players.main_player(start, seed=self._seed(folder))
+                if self.processes.is_main_process:
+                    make_directory(checkpoints)  # or the Trainer would, and its name might not stay
                 trainer = make_trainer(model, checkpoints, method)
                 trainer.watch.say = lambda skipped: self.progress.say(f"{title} {skipped}")
                 self._start_wandb(trainer, trackers)
                 if candidates is not None:
                     trainer.add_callback(EachCheckpoint(partial(self._commit_candidate, trainer, candidates, inputs)))
-                rows = train_resumably(trainer, lambda *logged: self._show_training(title, *logged))
+                rows = train_resumably(trainer, lambda *logged: self._show_training(title, *logged), self.progress.say)
                 self._commit_training(trainer, rows, log, weights)
                 sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
             del trainer  # with its optimiser, before anything else is loaded
@@ -423,7 +430,7 @@ class Workshop:
 
     def _last_step(self, folder: str) -> int:
         """Of a training that is committed."""
-        return int(read_jsonl(self.run.path / f"{folder}/training.jsonl")[-1]["step"])
+        return int(self.run.committed_rows(f"{folder}/training.jsonl")[-1]["step"])
 
     def _candidates(self, folder: str, inputs: Inputs, before: int) -> list[Artifact]:
         """The weights at each checkpoint before a step."""
@@ -576,8 +583,10 @@ class Workshop:
         finally:
             if self.processes.is_main_process:
                 timing["seconds"] = round(time.perf_counter() - started, 3)
-                with (self.run.path / "timings.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(timing) + "\n")
+                try:
+                    add_to_log(self.run.path / TIMINGS, timing)
+                except OSError as error:  # never in the way of what happened above
+                    self.progress.say(f"{self.run.path / TIMINGS}: not written: {error.strerror}")
         self.page.update()
 
 
@@ -628,10 +637,10 @@ def _check_measure(recipe: Recipe, split: Split) -> None:
 
 
 def _noted_size(note: Path) -> int:
-    with suppress(OSError, ValueError):
-        if isinstance(size := read_json(note), int) and size > 0:
-            return size
-    raise UserError(f"{note}: holds no number of responses; remove it, and generation.batch_size holds again")
+    try:
+        return int(unsealed(read_json(note))["batch_size"])
+    except ValueError:
+        raise UserError(f"{note}: not what was written; remove it, and generation.batch_size holds again") from None
 
 
 def _telling_groups(examples: Sequence[TokenizedExample], longest_response: int) -> list[Group]:

@@ -15,6 +15,7 @@ import tiny
 from integration.command import (
     Outcome,
     contents,
+    flip_a_byte,
     forget,
     refused,
     rows,
@@ -74,7 +75,7 @@ def test_generation_goes_on_with_half_of_the_batch(roomy: Path) -> None:
     """Six responses ask for 1.5 GB, three for half of it; and what is interrupted goes on with the same three."""
     out = succeeded(_limited(1300, "generate", "recipe.yaml", cwd=roomy)).out
     run = roomy / "runs/recipe"
-    size = json.loads((run / "batch_size/0.json").read_text())
+    size = json.loads((run / "batch_size/0.json").read_text())["batch_size"]
     assert size < 6
     assert out.count(f"memory has run out; from here on {size} responses are decoded together") == 1
     assert "iteration 0: generate 12/12 responses" in out
@@ -94,8 +95,8 @@ def test_generation_goes_on_with_half_of_the_batch(roomy: Path) -> None:
     assert "memory has run out" not in again
     assert contents(run) == before
     forget(run, "iterations/0/synthetic/00001.jsonl")
-    (run / "batch_size/0.json").write_text("many")
-    refused(spinlm("generate", "recipe.yaml", cwd=roomy), "batch_size/0.json: holds no number of responses; remove it")
+    flip_a_byte(run / "batch_size/0.json")
+    refused(spinlm("generate", "recipe.yaml", cwd=roomy), "batch_size/0.json: not what was written; remove it")
 
 
 @pytest.mark.slow

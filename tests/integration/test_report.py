@@ -215,7 +215,7 @@ class TestBrokenRuns:
 
     def test_the_header(self, copied: Path) -> None:
         (copied / "runs/recipe/run.json").write_text('{"recipe": {"itera')
-        refused(spinlm("report", "runs/recipe", cwd=copied), "runs/recipe/run.json: can't be read")
+        refused(spinlm("report", "runs/recipe", cwd=copied), "runs/recipe/run.json: not what was written")
 
     def test_timings_cut_short_are_no_damage(self, copied: Path) -> None:
         path = copied / "runs/recipe/timings.jsonl"

@@ -79,6 +79,8 @@ def test_goes_on_from_the_checkpoint_before_a_damaged_one(
     out = succeeded(spinlm(*RUN, cwd=place)).out
     assert ("iteration 1: train step 1/6" in out) == (damaged == "every checkpoint")
     assert "iteration 1: train step 3/6" in out
+    assert "checkpoint-3: not what was written, so training goes on from before it" in out
+    assert ("checkpoint-2: not what was written" in out) == (damaged == "every checkpoint")
     assert differing(finished / "runs/recipe", place / "runs/recipe") == []
 
 

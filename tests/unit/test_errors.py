@@ -1,10 +1,14 @@
-"""What no message may say."""
+"""What no message may say, and what is said of a disk that takes no more."""
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
-from spinlm.errors import UserError, without_secrets
+from spinlm.errors import UserError, disk_trouble, without_secrets, writing
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,29 @@ def test_no_password_of_a_url(text: str, shown: str) -> None:
 def test_a_message_for_people_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     assert str(UserError("the hub says: hf_0123456789 is expired")) == "the hub says: [key] is expired"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/a"), "run/a: the disk is full. .*: make space, and run"),
+        (OSError(errno.EDQUOT, "quota"), "run: the disk is full"),
+        (OSError(errno.ENOSPC, "full", "a", None, "run/link"), "run/link: the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system", "run/a"), "run/a: Read-only file system. .*: see to it"),
+        (OSError(errno.EIO, "Input/output error"), "run: Input/output error"),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), "run: the disk is full"),
+        (Exception("No space left on device (os error 28)"), "run: the disk is full"),
+    ],
+)
+def test_where_and_what_to_do(error: Exception, words: str) -> None:
+    with pytest.raises(UserError, match=f"^{words}"), writing(Path("run")):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError(), FileNotFoundError(errno.ENOENT, "x"), UserError("No space left on device")]
+)
+def test_anything_else_is_not_meant(error: Exception) -> None:
+    assert disk_trouble(error, "run") is None
+    with pytest.raises(type(error)), writing(Path("run")):
+        raise error

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,21 @@ import pytest
 
 from spinlm.config import recipe_from
 from spinlm.errors import UserError
-from spinlm.rundir import Artifact, CorruptArtifact, RunDir, canonical, digest, file_hashes, read_json, write_json
+from spinlm.rundir import (
+    Artifact,
+    CorruptArtifact,
+    RunDir,
+    add_to_log,
+    canonical,
+    copy,
+    digest,
+    file_hashes,
+    read_json,
+    read_log,
+    sealed,
+    unsealed,
+    write_json,
+)
 
 RECIPE = recipe_from({"run_dir": "r", "model": {"name": "m"}, "data": {"source": "d"}}, where="here")
 
@@ -190,7 +205,7 @@ class TestVerification:
     def test_an_edited_record(self, run: RunDir) -> None:
         artifact = make_file(run, "data")
         record = read_json(run.record_path("data"))
-        write_json(run.record_path("data"), record | {"inputs": {"x": 2}})
+        write_json(run.record_path("data"), record | {"inputs": {"x": 2}})  # and not its own hash
         with pytest.raises(CorruptArtifact, match=r"commits/data\.json: not what was committed"):
             artifact.is_committed()
 
@@ -286,7 +301,7 @@ class TestHeaders:
         with pytest.raises(UserError, match=r"not a run directory \(it has no run.json\)"):
             RunDir(tmp_path).header()
         (tmp_path / "run.json").write_text('{"recipe": ')
-        with pytest.raises(UserError, match=r"run.json: can't be read: .*; restore it, or start a new run"):
+        with pytest.raises(UserError, match=r"run.json: not what was written: .*Restore it, .*--repair"):
             RunDir(tmp_path).header()
 
 
@@ -377,6 +392,27 @@ class TestLock:
         (run.path / "lock").write_text("pid 1 on a machine that went down")
         assert asked() == "False"
 
+    def test_somebody_removes_its_file(self, run: RunDir) -> None:
+        """It is taken again; unless another process was quicker, which is let alone."""
+        code = (
+            "import sys; from pathlib import Path; from spinlm.rundir import RunDir\n"
+            f"with RunDir(Path({str(run.path)!r})).locked(): print('in', flush=True), sys.stdin.read()"
+        )
+        with ExitStack() as other:
+            with run.locked():
+                (run.path / "lock").unlink()
+                assert make_file(run).is_committed()
+                assert (run.path / "lock").read_text().startswith("pid ")
+                (run.path / "lock").unlink()
+                command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+                process = other.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe))
+                assert process.stdout is not None and process.stdout.readline() == b"in\n"
+                (run.path / ".staging").mkdir()
+                with pytest.raises(UserError, match="lock: was removed, and another process has started this run"):
+                    make_file(run, "data")
+            assert (run.path / ".staging").exists()
+        assert run.keys() == ["iterations/0/a.jsonl"]
+
     def test_what_a_killed_process_has_half_written_is_swept_away(self, run: RunDir) -> None:
         (run.path / ".staging").mkdir()
         for name in (".report.html.1234.part", ".staging/half"):
@@ -389,6 +425,57 @@ class TestLock:
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match="file: can't write there"), RunDir(tmp_path / "file").locked():
             pass
+
+
+class TestSeals:
+    def test_what_was_sealed_comes_back(self) -> None:
+        content = {"b": [1, None], "a": {"ü": 2.5}}
+        assert unsealed(canonical(sealed(content))) == content
+        assert sealed(content)["own_hash"] == digest(content)
+
+    @pytest.mark.parametrize(
+        "content", [{}, [], None, {"a": 1}, {"own_hash": 1}, {"a": 2, "own_hash": digest({"a": 1})}]
+    )
+    def test_what_was_not_does_not(self, content: Any) -> None:
+        with pytest.raises(ValueError, match="its own hash differs"):
+            unsealed(content)
+
+    def test_a_log_gives_back_those_rows_that_are_whole(self, tmp_path: Path) -> None:
+        log = tmp_path / "log.jsonl"
+        assert list(read_log(log)) == []
+        for number in range(4):
+            add_to_log(log, {"n": number})
+        lines = log.read_bytes().splitlines(keepends=True)
+        log.write_bytes(lines[0] + lines[1].replace(b"1", b"9", 1) + b"\xff\n" + lines[2] + lines[3][:-9])
+        add_to_log(log, {"n": 4})
+        assert [row["n"] for row in read_log(log)] == [0, 2, 4]
+
+
+def test_a_header_that_is_not_what_was_written(run: RunDir) -> None:
+    """It is named, and made anew where that is wanted."""
+    kept = make_file(run, "data")
+    whole = (run.path / "run.json").read_bytes()
+    for damaged in (whole.replace(b'"seed": 0', b'"seed": 1'), whole[: len(whole) // 2], b"", b"[]"):
+        (run.path / "run.json").write_bytes(damaged)
+        for read in (run.header, run.recipe, lambda: run.begin(RECIPE, {"spinlm": "1"})):
+            with pytest.raises(CorruptArtifact, match=r"run.json: not what was written: .*--repair"):
+                read()
+        assert run.begin(RECIPE, {"spinlm": "1"}, repair=True) == ["run.json"]
+        assert (run.path / "run.json").read_bytes() == whole
+        assert kept.is_committed()
+    assert run.begin(RECIPE, {"spinlm": "1"}, repair=True) == []
+
+
+def test_a_copy_can_be_written_where_the_original_can_not(tmp_path: Path) -> None:
+    (tmp_path / "one/sub").mkdir(parents=True)
+    (tmp_path / "one/sub/a").write_text("A")
+    for path in (tmp_path / "one/sub/a", tmp_path / "one/sub", tmp_path / "one"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    copy(tmp_path / "one", tmp_path / "other")
+    assert file_hashes(tmp_path / "other") == {"sub/a": sha256("A")}
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "other").rglob("*"))
+    for path in (tmp_path / "one", tmp_path / "one/sub"):
+        path.chmod(0o755)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

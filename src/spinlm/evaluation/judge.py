@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from spinlm.errors import SHORTEST_SECRET, UserError, first_line
 from spinlm.interruption import Interrupted
-from spinlm.rundir import digest, read_json, write_json
+from spinlm.rundir import CorruptArtifact, digest, read_json, sealed, unsealed, write_json
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -105,12 +105,13 @@ class Judge:
         sampling: How it is asked, in the endpoint's own words; `check` settles it.
     """
 
-    def __init__(self, settings: JudgeSettings, cache: Path) -> None:
+    def __init__(self, settings: JudgeSettings, cache: Path, repair: bool = False) -> None:
         """Nothing is sent yet.
 
         Args:
             settings: Who, and how.
             cache: A directory to keep in what it says.
+            repair: Ask again where what is kept isn't what was said.
 
         Raises:
             UserError: The client library isn't installed, or the URL or the key is none.
@@ -122,6 +123,7 @@ class Judge:
             raise UserError("a judge is asked by the openai library: pip install 'spinlm[eval]'") from None
         self._settings = settings
         self._cache = cache
+        self._repair = repair
         self._key = _key_from_environment()
         self.model = settings.model
         self.sampling: dict[str, float] = {"temperature": 0.0, "max_tokens": settings.max_tokens}
@@ -193,14 +195,27 @@ class Judge:
         return self._cache / name[:2] / f"{name}.json"
 
     def _kept(self, prompt: str) -> str | None:
+        """What was said; None where it was never asked.
+
+        Raises:
+            CorruptArtifact: What is kept isn't what was said.
+        """
+        place = self._place(prompt)
         try:
-            return str(read_json(self._place(prompt))["answer"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # never given, or not to be read any more
+            return str(unsealed(read_json(place))["answer"])
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            if self._repair:
+                place.unlink()
+                return None
+            raise CorruptArtifact(
+                f"{place}: not what the judge said. It is asked again by --repair, or where you delete the file"
+            ) from None
 
     def _keep(self, prompt: str, answer: str) -> None:
         said = {"model": self.model, "sampling": self.sampling, "messages": _messages(prompt), "answer": answer}
-        write_json(self._place(prompt), said)
+        write_json(self._place(prompt), sealed(said))
 
     # --- asking ---
 

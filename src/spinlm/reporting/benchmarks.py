@@ -15,9 +15,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from spinlm.errors import UserError, first_line
 from spinlm.reporting.training_log import weights_hash
-from spinlm.rundir import RunDir, read_json
+from spinlm.rundir import RunDir
 
 FOLDER = "benchmarks"
 SUITE_FILE = "suite.json"
@@ -178,7 +177,7 @@ class BenchmarkTable:
 
 def benchmark_tables(run: RunDir) -> list[BenchmarkTable]:
     """A table for each suite of which something is measured, by name."""
-    tables = [_table(run, path) for path in _suites(run)]
+    tables = [_table(run, folder, suite) for folder, suite in _suites(run)]
     return [table for table in tables if table.rows]
 
 
@@ -187,7 +186,7 @@ def benchmark_records(run: RunDir) -> list[dict[str, Any]]:
     examples."""
     return [
         {
-            "suite": path.parent.name,
+            "suite": folder.name,
             "player": player,
             "task": task["name"],
             "metric": metric,
@@ -196,10 +195,10 @@ def benchmark_records(run: RunDir) -> list[dict[str, Any]]:
             "shots": result["num_fewshot"],
             "examples": result["examples"],
         }
-        for path in _suites(run)
-        for player in _players(path.parent)
-        for task in _tasks(path)
-        for result in _results(run, path.parent, player, task["name"])
+        for folder, suite in _suites(run)
+        for player in _players(folder)
+        for task in suite["tasks"]
+        for result in _results(run, folder, player, task["name"])
         for metric, score in result["scores"].items()
     ]
 
@@ -209,21 +208,11 @@ def _metric(column: Column) -> str:
     return column.metric.removesuffix(",none").replace(",", " ")
 
 
-def _suites(run: RunDir) -> list[Path]:
-    return sorted((run.path / FOLDER).glob(f"*/{SUITE_FILE}"))
-
-
-def _tasks(suite: Path) -> list[dict[str, Any]]:
-    return list(_described(suite)["tasks"])
-
-
-def _described(suite: Path) -> dict[str, Any]:
-    try:
-        return dict(read_json(suite))
-    except (ValueError, OSError) as error:
-        raise UserError(
-            f"{suite}: can't be read: {first_line(error)}; delete it, and spinlm evaluate --suite writes it anew"
-        ) from None
+def _suites(run: RunDir) -> list[tuple[Path, dict[str, Any]]]:
+    """Where each suite's results are, and what it is."""
+    keys = [record["key"] for record in run.records()]
+    described = [key for key in keys if re.fullmatch(rf"{FOLDER}/[^/]+/{SUITE_FILE}", key)]
+    return sorted(((run.path / key).parent, run.committed_json(key)) for key in described)
 
 
 def _players(folder: Path) -> list[str]:
@@ -241,13 +230,12 @@ def _results(run: RunDir, folder: Path, player: str, task: str) -> Iterator[dict
         yield run.committed_json(key)
 
 
-def _table(run: RunDir, path: Path) -> BenchmarkTable:
-    suite = _described(path)
+def _table(run: RunDir, folder: Path, suite: Mapping[str, Any]) -> BenchmarkTable:
     results = {
         (player, task["name"]): result
-        for player in _players(path.parent)
+        for player in _players(folder)
         for task in suite["tasks"]
-        for result in _results(run, path.parent, player, task["name"])
+        for result in _results(run, folder, player, task["name"])
     }
     columns = tuple(chain.from_iterable(_columns(task, results) for task in suite["tasks"]))
     scale = 100.0 if suite["percent"] else 1.0
@@ -256,7 +244,7 @@ def _table(run: RunDir, path: Path) -> BenchmarkTable:
     paper = suite["paper"] or {"source": "", "rows": []}
     return BenchmarkTable(
         suite=suite["name"],
-        folder=path.parent.relative_to(run.path).as_posix(),
+        folder=folder.relative_to(run.path).as_posix(),
         description=suite["description"],
         limit=suite["limit"],
         percent=suite["percent"],

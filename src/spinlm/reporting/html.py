@@ -152,27 +152,28 @@ class LivePage:
         if now or time.monotonic() >= self._due:
             self._write(running=True)
 
-    def conclude(self) -> None:
-        """All is done."""
-        self._write(running=False)
+    def conclude(self) -> bool:
+        """All is done; says whether the page could be written."""
+        return self._write(running=False)
 
     def end(self) -> None:
         """The run ends here, done or interrupted: the page shows all of it, and says no longer that it is going on."""
         if self._says_running or self._shown != self._run.keys():
             self._write(running=False)
 
-    def _write(self, running: bool) -> None:
+    def _write(self, running: bool) -> bool:
         if not self._writes:
-            return
-        started = time.monotonic()
+            return False
+        started, written = time.monotonic(), False
         try:
             shown = self._run.keys()
             write(self._run, running)
-            self._shown, self._says_running = shown, running
+            self._shown, self._says_running, written = shown, running, True
         except Exception as error:
             self._say(f"{self._run.path / FILE}: not written: {type(error).__name__}: {first_line(error)}")
         ended = time.monotonic()
         self._due = ended + max(self.SECONDS_BETWEEN, self.TIMES_ITS_COST * (ended - started))
+        return written
 
 
 # --- what is on it ---

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from spinlm.config import Recipe
-from spinlm.rundir import STOPPED, RunDir
+from spinlm.rundir import STOPPED, TIMINGS, RunDir, read_log
 
 
 @dataclass(frozen=True)
@@ -124,10 +122,7 @@ def _spent(run: RunDir) -> tuple[Mapping[str, float], Mapping[str, int]]:
     """Seconds and tokens by what they were spent on."""
     seconds: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
-    path = run.path / "timings.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a line that was cut short by a crash
-            row = json.loads(line)
-            seconds[row["what"]] += row["seconds"]
-            tokens[row["what"]] += row.get("tokens", 0)
+    for row in read_log(run.path / TIMINGS):
+        seconds[row["what"]] += row["seconds"]
+        tokens[row["what"]] += row.get("tokens", 0)
     return seconds, tokens

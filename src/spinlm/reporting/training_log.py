@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
+from hashlib import sha256
 from typing import Any
 
 from spinlm.config import Recipe
 from spinlm.reporting.summary import is_iteration
-from spinlm.rundir import RunDir, read_json
+from spinlm.rundir import RunDir, read_json, unsealed
+
+_STATE = "trainer_state.json"
 
 Row = dict[str, Any]
 """What one logging step logged, `step` among it."""
@@ -47,5 +51,7 @@ def _checkpointed(run: RunDir, folder: str) -> list[Row]:
     marks = run.checkpoints(folder).glob("*/checkpoint-*.json")
     for mark in sorted(marks, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True):
         with suppress(OSError, ValueError, KeyError):
-            return list(read_json(mark.with_suffix("") / "trainer_state.json")["log_history"])
+            state = (mark.with_suffix("") / _STATE).read_bytes()
+            if sha256(state).hexdigest() == unsealed(read_json(mark))[_STATE]:
+                return list(json.loads(state)["log_history"])
     return []

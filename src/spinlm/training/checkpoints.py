@@ -18,7 +18,15 @@ from transformers import (
 )
 
 from spinlm import interruption
-from spinlm.rundir import file_hashes, flush_to_disk, read_json, write_json
+from spinlm.rundir import (
+    file_hashes,
+    flush_directory,
+    flush_to_disk,
+    read_json,
+    sealed,
+    unsealed,
+    write_json,
+)
 from spinlm.training.nonfinite import NonFiniteLoss
 from spinlm.training.passes import PassTrainer
 
@@ -44,8 +52,15 @@ class Arguments(TrainingArguments):
         return min(int(super().get_warmup_steps(num_training_steps)), num_training_steps - 1)
 
 
-def train_resumably(trainer: PassTrainer[Any], on_log: OnLog | None = None) -> list[dict[str, Any]]:
+def train_resumably(
+    trainer: PassTrainer[Any], on_log: OnLog | None = None, say: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
     """Train from the last whole checkpoint, if there is one.
+
+    Args:
+        trainer: What to train.
+        on_log: Called at each logging step.
+        say: Told of each checkpoint that isn't any more what was written.
 
     Returns:
         What was logged at each logging step, timing left out: the same whether interrupted or not.
@@ -62,7 +77,7 @@ def train_resumably(trainer: PassTrainer[Any], on_log: OnLog | None = None) -> l
     trainer.add_callback(_StopInOrder(trainer))  # after what commits the checkpoint
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
-    checkpoint = last_checkpoint(directory)
+    checkpoint = last_checkpoint(directory, say)
     try:
         with interruption.deferred():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -73,23 +88,38 @@ def train_resumably(trainer: PassTrainer[Any], on_log: OnLog | None = None) -> l
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
 
 
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    for checkpoint in sorted(directory.glob("checkpoint-*"), key=step_of, reverse=True):
-        if _is_whole(checkpoint):
-            return checkpoint
+def last_checkpoint(directory: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest checkpoint that was written to its end.
+
+    Args:
+        directory: Where a training keeps them.
+        say: Told of each newer one that was written to its end, and isn't any more what was written.
+    """
+    for mark in sorted(directory.glob("checkpoint-*.json"), key=step_of, reverse=True):
+        checkpoint = mark.with_suffix("")
+        try:
+            if marked_hashes(mark) == file_hashes(checkpoint):
+                return checkpoint
+        except ValueError:
+            pass
+        say(f"{checkpoint}: not what was written, so training goes on from before it")
     return None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        return bool(read_json(_mark(checkpoint)) == file_hashes(checkpoint))
-    except (FileNotFoundError, ValueError):
-        return False
+def mark(checkpoint: Path) -> None:
+    """Put down that a checkpoint is written to its end, once it is on the disk."""
+    flush_to_disk(checkpoint)
+    flush_directory(checkpoint.parent)
+    write_json(checkpoint.with_name(f"{checkpoint.name}.json"), sealed(file_hashes(checkpoint)))
 
 
-def _mark(checkpoint: Path) -> Path:
-    return checkpoint.with_name(f"{checkpoint.name}.json")
+def marked_hashes(mark: Path) -> dict[str, str]:
+    """Of a checkpoint's files, by their names, as the mark beside it has them.
+
+    Raises:
+        ValueError: The mark isn't what was written.
+    """
+    return unsealed(read_json(mark))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -117,8 +147,7 @@ class _CommitCheckpoint(TrainerCallback):
             write_json(self._unlogged(checkpoint), unlogged)
         self._trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            flush_to_disk(checkpoint)
-            write_json(_mark(checkpoint), file_hashes(checkpoint))
+            mark(checkpoint)
             for older in Path(args.output_dir).glob("checkpoint-*"):
                 if step_of(older) < state.global_step:
                     shutil.rmtree(older) if older.is_dir() else older.unlink()

@@ -8,6 +8,7 @@ import re
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from spinlm.errors import UserError
 from spinlm.evaluation import judge as judge_module
 from spinlm.evaluation.judge import READINGS, TRIES, Judge, JudgeSettings
 from spinlm.evaluation.verdicts import read_preference
+from spinlm.rundir import CorruptArtifact
 
 KEY = "sk-secret-0123456789"
 PROMPTS = [f"question {number}" for number in range(6)]
@@ -30,8 +32,10 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def judge_of(server: JudgeServer, cache: Path, concurrency: int = 2, timeout: float = 30.0) -> Judge:
-    return Judge(JudgeSettings(server.url, "some/judge", concurrency, timeout, back_off=0.001), cache)
+def judge_of(
+    server: JudgeServer, cache: Path, concurrency: int = 2, timeout: float = 30.0, repair: bool = False
+) -> Judge:
+    return Judge(JudgeSettings(server.url, "some/judge", concurrency, timeout, back_off=0.001), cache, repair)
 
 
 def is_readable(text: str) -> bool:
@@ -101,14 +105,20 @@ class TestAsking:
             Judge(JudgeSettings(**settings), tmp_path).ask(PROMPTS, is_readable)  # type: ignore[arg-type]
         assert len(server.requests) == 12
 
-    def test_a_verdict_that_was_cut_short_on_the_disk_is_asked_for_anew(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "damage", [lambda text: text[:20], lambda _: "[]", lambda text: text.replace(": B", ": A")]
+    )
+    def test_a_verdict_that_is_another_by_now_is_named(self, tmp_path: Path, damage: Callable[[str], str]) -> None:
+        """And asked for anew where that is wanted."""
         with JudgeServer(agree) as server:
             judge_of(server, tmp_path).ask(PROMPTS, is_readable)
-            one, other, *_ = sorted(tmp_path.rglob("*.json"))
-            one.write_text(one.read_text()[:20])
-            other.write_text("[]")
+            damaged = max(tmp_path.rglob("*.json"), key=lambda path: ": B" in path.read_text())
+            damaged.write_text(damage(damaged.read_text()))
+            with pytest.raises(CorruptArtifact, match=f"{damaged.name}: not what the judge said.*--repair"):
+                judge_of(server, tmp_path).ask(PROMPTS, is_readable)
+            assert judge_of(server, tmp_path, repair=True).ask(PROMPTS, is_readable) == EXPECTED
             assert judge_of(server, tmp_path).ask(PROMPTS, is_readable) == EXPECTED
-        assert len(server.requests) == 8
+        assert len(server.requests) == 7
 
 
 class TestTrouble:

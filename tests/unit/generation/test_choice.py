@@ -10,7 +10,7 @@ from integration import command
 from spinlm.config import Recipe, recipe_from
 from spinlm.errors import UserError
 from spinlm.generation.choice import choose
-from spinlm.rundir import RunDir, digest, write_json
+from spinlm.rundir import RunDir, sealed, write_json
 
 without_vllm = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 
@@ -108,4 +108,4 @@ def _pretend_to_be_generated_by(run: RunDir, engine: str) -> None:
     for record in run.records():
         if "engine" in record["inputs"]:
             record["inputs"]["engine"] = engine
-            write_json(run.record_path(record["key"]), record | {"record_hash": digest(record)})
+            write_json(run.record_path(record["key"]), sealed(record))

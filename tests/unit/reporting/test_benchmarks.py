@@ -264,5 +264,5 @@ class TestOnThePage:
         with pytest.raises(UserError, match=r"base/arc_easy\.json: not what was committed"):
             sections(run)
         (run.path / "benchmarks/mine/suite.json").write_text('{"tasks": [')
-        with pytest.raises(UserError, match=r"mine/suite\.json: can't be read: .*delete it"):
+        with pytest.raises(UserError, match=r"mine/suite\.json: not what was committed .*spinlm evaluate .*--repair"):
             sections(run)

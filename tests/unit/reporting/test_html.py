@@ -15,6 +15,7 @@ from spinlm.errors import UserError
 from spinlm.reporting import html
 from spinlm.reporting.html import LivePage, page, write
 from spinlm.rundir import RunDir
+from spinlm.training.checkpoints import mark
 
 EXAMPLES = [MadeExample(f"e{place}", f"question {place}") for place in range(4)]
 
@@ -49,7 +50,7 @@ class TestAtAnyMoment:
         checkpoint = made.run.checkpoints("iterations/0") / "abc/checkpoint-2"
         checkpoint.mkdir(parents=True)
         (checkpoint / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 0.7}]}')
-        checkpoint.with_name("checkpoint-2.json").write_text("{}")
+        mark(checkpoint)
         assert sections(page(made.run, running=True)) == ["verdict", "training", "examples", "run"]
 
     def test_nothing_held_out(self, tmp_path: Path) -> None:

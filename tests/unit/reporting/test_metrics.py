@@ -10,6 +10,7 @@ from made_run import Made, MadeExample, MadeRun
 from spinlm.errors import UserError
 from spinlm.reporting.metrics import evaluations_frame, metrics_frame, write_metrics
 from spinlm.rundir import RunDir
+from spinlm.training.checkpoints import mark
 
 EXAMPLES = [MadeExample("a", tokens=10), MadeExample("b", tokens=10)]
 
@@ -57,7 +58,7 @@ def test_only_what_is_committed(made: MadeRun) -> None:
     checkpoint = made.run.checkpoints("iterations/0") / "abc/checkpoint-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 0.5}]}')
-    checkpoint.with_name("checkpoint-1.json").write_text("{}")
+    mark(checkpoint)
     assert {row[0] for row in rows(made)} == {"held_out"}
 
 

@@ -1,6 +1,5 @@
 """What is done and what is left, from run directories put together by hand."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from spinlm.config import recipe_from
 from spinlm.errors import UserError
 from spinlm.reporting.status import besides, status
-from spinlm.rundir import RunDir, write_jsonl
+from spinlm.rundir import TIMINGS, RunDir, add_to_log, sealed, write_json, write_jsonl
 
 
 def started(path: Path, **sections: Any) -> RunDir:
@@ -40,7 +39,8 @@ def commit_training(run: RunDir, folder: str, *rows: dict[str, float]) -> None:
 
 def took(run: RunDir, *times: tuple[str, float] | tuple[str, float, int]) -> None:
     rows = [dict(zip(("what", "seconds", "tokens"), time, strict=False)) for time in times]
-    write_jsonl(run.path / "timings.jsonl", rows)
+    for row in rows:
+        add_to_log(run.path / TIMINGS, row)
 
 
 def shown(run: RunDir) -> list[tuple[str, str]]:
@@ -139,6 +139,6 @@ def test_a_full_fine_tuning_with_nothing_held_out(tmp_path: Path) -> None:
 def test_there_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run directory"):
         status(RunDir(tmp_path))
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"iterations": 0}, "versions": {}, "forked_from": None}))
+    write_json(tmp_path / "run.json", sealed({"recipe": {"iterations": 0}, "versions": {}, "forked_from": None}))
     with pytest.raises(UserError, match=r"run.json: .*(\n.*)*model: missing"):
         status(RunDir(tmp_path))

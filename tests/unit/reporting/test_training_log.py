@@ -5,6 +5,7 @@ from pathlib import Path
 
 from made_run import MadeRun
 from spinlm.reporting.training_log import committed_log, folder_of, log_so_far, trained_players
+from spinlm.training.checkpoints import mark
 
 
 def checkpoint(made: MadeRun, step: int, whole: bool = True, content: str | None = None) -> None:
@@ -13,7 +14,7 @@ def checkpoint(made: MadeRun, step: int, whole: bool = True, content: str | None
     history = [{"step": number, "loss": 1 / (number + 1)} for number in range(step + 1)]
     (place / "trainer_state.json").write_text(content or json.dumps({"log_history": history}))
     if whole:
-        place.with_name(f"checkpoint-{step}.json").write_text("{}")
+        mark(place)
 
 
 def test_who_is_trained_and_where(tmp_path: Path) -> None:
@@ -41,6 +42,15 @@ def test_a_checkpoint_that_can_not_be_read_leaves_the_one_before(tmp_path: Path)
     checkpoint(made, 1)
     checkpoint(made, 2, content='{"log_hist')
     assert len(log_so_far(made.run, "iteration-0")) == 2
+
+
+def test_one_that_is_something_else_by_now_is_not_read(tmp_path: Path) -> None:
+    made = MadeRun(tmp_path)
+    for step in (1, 2):
+        checkpoint(made, step)
+    (changed,) = made.path.glob("checkpoints/iterations/0/abc/checkpoint-2/trainer_state.json")
+    changed.write_text(changed.read_text().replace("0.5", "0.6"))
+    assert [row["loss"] for row in log_so_far(made.run, "iteration-0")] == [1, 0.5]
 
 
 def test_what_is_committed_goes_first(tmp_path: Path) -> None:
