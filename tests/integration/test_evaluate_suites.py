@@ -374,7 +374,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("damage", "words"),
         [
-            (lambda run: (run / "run.json").write_text('{"recipe"'), ("run.json: can't be read",)),
+            (lambda run: (run / "run.json").write_text('{"recipe"'), ("run.json: not what was written",)),
             (lambda run: forget(run, "iterations"), ("no iteration is trained yet: run spinlm run",)),
             (lambda run: forget(run, "sft/adapter"), ("sft isn't trained yet: run spinlm run",)),
             (
