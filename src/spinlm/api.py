@@ -179,7 +179,7 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
     run_dir = stages.run
     summary = summarise(run_dir)
     report = Report(summary, _samples(stages, evaluations))
-    (run_dir.path / "report.md").write_text(report.markdown(), encoding="utf-8")
+    run_dir.put("report.md", report.markdown())
     if stages.data.held_out:
         stages.progress.console.print(report.table())
     stages.progress.say(verdict(summary))
@@ -245,8 +245,8 @@ def benchmark(
 
 def _show_benchmarks(stages: Stages, folders: Sequence[str]) -> None:
     """All tables in a file, those of these folders on the terminal."""
-    tables, path = benchmark_tables(stages.run), stages.run.path / "benchmarks.md"
-    path.write_text("# Benchmarks\n\n" + "\n".join(table.markdown() for table in tables), encoding="utf-8")
+    tables = benchmark_tables(stages.run)
+    path = stages.run.put("benchmarks.md", "# Benchmarks\n\n" + "\n".join(table.markdown() for table in tables))
     for table in tables:
         if table.folder in folders:
             stages.progress.console.print(table.rich())

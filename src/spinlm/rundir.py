@@ -5,6 +5,9 @@ Every artifact (a file or a directory) is written in `.staging/`, renamed to its
 record was interrupted and is made anew; a record whose files are missing or differ is an error that
 names them. An artifact's record also keeps its inputs (the recipe's values and the hashes of the
 artifacts it was made from): where they no longer hold, it is made anew too.
+
+A run directory may come from somebody else. Nothing in it is followed out of it: a link that leads elsewhere, a
+name with `..` in it and whatever isn't a file are refused before anything is read or written.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -132,10 +136,16 @@ class RunDir:
     """A directory that holds one run."""
 
     def __init__(self, path: Path) -> None:
+        """Raises UserError where there is a run with something in it that leads out of the directory."""
         self.path = path
-        self.forked_from: RunDir | None = None
-        if self.exists() and (source := self.header().get("forked_from")):
-            self.forked_from = RunDir(Path(source))
+        if self.exists():
+            _refuse_ways_out(path)
+
+    @cached_property
+    def forked_from(self) -> RunDir | None:
+        """The run that this one takes over from what still holds."""
+        source = self.header()["forked_from"] if self.exists() else None
+        return RunDir(Path(source)) if source else None
 
     # --- the run itself ---
 
@@ -157,6 +167,9 @@ class RunDir:
             raise UserError(f"{path}: can't be read: {error}; restore it, or start a new run") from None
         if missing := {"recipe", "versions", "forked_from"} - header.keys():
             raise UserError(f"{path}: has no {', '.join(sorted(missing))}; restore it, or start a new run")
+        for name, kind in (("recipe", dict), ("versions", dict), ("forked_from", (str, type(None)))):
+            if not isinstance(header[name], kind):
+                raise UserError(f"{path}: its {name} isn't one; restore it, or start a new run")
         return header
 
     def recipe(self) -> Recipe:
@@ -196,6 +209,7 @@ class RunDir:
         """
         if not self.exists() and any(entry.name not in ("lock", ".run.json") for entry in self.path.glob("*")):
             raise UserError(f"{self.path}: holds files but no run; give an empty or new directory as run_dir")
+        _refuse_ways_out(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("a+", encoding="utf-8")
@@ -282,8 +296,8 @@ class RunDir:
         path = self.record_path(key)
         try:
             record = dict(read_json(path))
-            whole = record.pop("record_hash", None) == digest(record)
-        except (ValueError, TypeError):
+            whole = record.pop("record_hash", None) == digest(record) and _is_record(record, key)
+        except (ValueError, TypeError, OSError):
             whole = False
         if not whole:
             raise CorruptArtifact(f"{path}: not what was committed. {self._remedy(stage)}")
@@ -294,8 +308,17 @@ class RunDir:
         return str(self.record(key)["hash"])
 
     def keys(self, beginning: str = "") -> list[str]:
-        """The keys of all commits, in order, or of those that begin so."""
-        keys = [path.stem.replace("--", "/") for path in self._record_paths()]
+        """The keys of all commits, in order, or of those that begin so.
+
+        Raises:
+            CorruptArtifact: A record's name leads out of the run directory.
+        """
+        keys = []
+        for path in self._record_paths():
+            key = path.stem.replace("--", "/")
+            if not {"", ".", ".."}.isdisjoint(key.split("/")):
+                raise CorruptArtifact(f"{path}: the record of nothing that a run makes: delete it")
+            keys.append(key)
         return [key for key in keys if key.startswith(beginning)]
 
     def records(self) -> list[dict[str, Any]]:
@@ -327,12 +350,19 @@ class RunDir:
         return content
 
     def committed_json(self, key: str, name: str = "") -> Any:
-        """A committed JSON file; raises as `committed`."""
-        return json.loads(self.committed(key, name))
+        """A committed JSON file; raises as `committed`, and where it isn't JSON."""
+        return self._parsed(key, name, [self.committed(key, name)])[0]
 
     def committed_rows(self, key: str, name: str = "") -> list[dict[str, Any]]:
-        """The rows of a committed JSONL file; raises as `committed`."""
-        return [json.loads(line) for line in self.committed(key, name).splitlines()]
+        """The rows of a committed JSONL file; raises as `committed`, and where it isn't JSONL."""
+        return self._parsed(key, name, self.committed(key, name).splitlines())
+
+    def _parsed(self, key: str, name: str, parts: list[bytes]) -> list[Any]:
+        try:
+            return [parsed(part) for part in parts]
+        except ValueError as error:
+            stage = self.record(key)["stage"]
+            raise CorruptArtifact(f"{self.path / key / name}: not JSON: {error}. {self._remedy(stage)}") from None
 
     def recorded_input(self, name: str) -> Any:
         """What some artifact was made from, by the first record that names it; None where none does."""
@@ -397,6 +427,38 @@ class RunDir:
         staging.replace(self.path / name)
 
 
+def _refuse_ways_out(directory: Path) -> None:
+    """Refuse a run directory from which a link leads elsewhere, or in which opening something could take for ever.
+
+    Raises:
+        UserError: With its name.
+    """
+    root, left = os.path.realpath(directory), [os.fspath(directory)]
+    while left:
+        with suppress(OSError), os.scandir(left.pop()) as entries:  # a run that is going on moves its files
+            for entry in entries:
+                if entry.is_symlink():
+                    _refuse_way_out(entry.path, root)
+                elif entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise UserError(f"{entry.path}: neither a file nor a directory: delete it")
+
+
+def _refuse_way_out(link: str, root: str) -> None:
+    target = os.path.realpath(link)
+    if not Path(target).is_relative_to(root):
+        raise UserError(
+            f"{link}: a link out of the run directory, to {target}: delete it, or put there what it points to"
+        )
+
+
+def _is_record(record: Mapping[str, Any], key: str) -> bool:
+    """Whether an artifact's record has all that one has."""
+    kinds = {"key": str, "stage": str, "hash": str, "inputs": dict, "files": dict}
+    return record.get("key") == key and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+
+
 def _is_held(lock: BinaryIO) -> bool:
     """Whether another process has locked a file, by the system's `struct flock`; on a Mac its type comes fourth."""
     layout, place = ("@qqihh", 3) if sys.platform == "darwin" else ("@hhqqi", 0)
@@ -430,7 +492,16 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises ValueError where it isn't JSON."""
+    return parsed(path.read_bytes())
+
+
+def parsed(content: bytes) -> Any:
+    """JSON; raises ValueError where it isn't."""
+    try:
+        return json.loads(content.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_json(path: Path, value: Any) -> None:
