@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import OutOfMemoryError
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -18,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from spinlm.errors import UserError
+from spinlm.errors import UserError, first_line
 from spinlm.rundir import file_hashes, flush_to_disk, read_json, write_json
 
 TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -65,7 +66,16 @@ def train_resumably(trainer: Trainer, on_log: OnLog | None = None) -> list[dict[
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
     checkpoint = last_checkpoint(directory)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    begun = _Begun()
+    trainer.add_callback(begun)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:  # of what was pickled, torch opens numbers and tensors only
+        if checkpoint is None or begun.has_begun or isinstance(error, (UserError, MemoryError, OutOfMemoryError)):
+            raise
+        raise UserError(
+            f"{checkpoint}: not a checkpoint that a run writes: {first_line(error)}. Delete it: training begins anew"
+        ) from None
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     # In one order: a checkpoint gives back its entries sorted.
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
@@ -80,6 +90,8 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
+    if any(checkpoint.glob("*model*.bin*")):  # weights in a pickle, which no checkpoint of ours has
+        return False
     try:
         return bool(read_json(_mark(checkpoint)) == file_hashes(checkpoint))
     except (FileNotFoundError, ValueError):
@@ -122,6 +134,16 @@ class EachCheckpoint(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._on_checkpoint(state.global_step)
+
+
+class _Begun(TrainerCallback):
+    """Knows whether a step has begun: before that a checkpoint is read."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.has_begun = True
 
 
 class _LogEnd(TrainerCallback):
