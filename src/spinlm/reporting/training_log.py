@@ -46,6 +46,6 @@ def _checkpointed(run: RunDir, folder: str) -> list[Row]:
     """The mark beside a checkpoint is written when the checkpoint is whole; it may be removed while we read."""
     marks = run.checkpoints(folder).glob("*/checkpoint-*.json")
     for mark in sorted(marks, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True):
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             return list(read_json(mark.with_suffix("") / "trainer_state.json")["log_history"])
     return []
