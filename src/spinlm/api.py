@@ -378,13 +378,18 @@ def _card(run: RunDir, name: str, merged: bool) -> str:
     with reading(run.path):
         summary = beside_the_others(run, summarise(run), name)
         found = diagnostics(run, run.recipe()).get(name)
-        return model_card(name, run.header(), merged, summary, [] if found is None else found.warnings)
+        warnings = [] if found is None else found.warnings
+        return model_card(name, run.header(), merged, summary, warnings, run.origin())
 
 
 def _name_the_base(config: Path, base: ModelSection) -> None:
     """An adapter finds its base by name and revision: a local name has to hold wherever it is loaded from."""
     name = str(Path(base.name).resolve()) if Path(base.name).exists() else base.name
-    write_json(config, read_json(config) | {"base_model_name_or_path": name, "revision": base.revision})
+    try:
+        settings = dict(read_json(config))
+    except (ValueError, TypeError, OSError):
+        raise UserError(f"{config.name}: not an adapter's settings; spinlm run with --repair makes it anew") from None
+    write_json(config, settings | {"base_model_name_or_path": name, "revision": base.revision})
 
 
 def _weights_of(source: Run, player: str) -> tuple[str, Path]:

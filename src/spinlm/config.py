@@ -121,6 +121,7 @@ class DataSection(Section):
             dataset on the hub.
         config: Configuration of a hub dataset.
         split: Split of a hub dataset.
+        revision: Branch, tag or commit of a hub dataset.
         columns: Where the columns have other names: any of `messages`, `system`, `prompt`, `input`,
             `response` to the dataset's own column.
         turns: Which assistant turns of a conversation are responses.
@@ -135,6 +136,7 @@ class DataSection(Section):
     source: str
     config: str | None = None
     split: str = "train"
+    revision: str | None = None
     columns: dict[Literal["messages", "system", "prompt", "input", "response"], str] = {}
     turns: Literal["last", "first", "all"] = "last"
     limit: int | None = Field(None, ge=1)
@@ -567,7 +569,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     return tree
 
 
-LARGEST_FILE = 250_000
+LARGEST_FILE = 100_000
 """Bytes of a recipe or a template; one of some kilobytes is long."""
 
 MOST_VALUES = 100_000

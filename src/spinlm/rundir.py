@@ -39,6 +39,9 @@ Inputs = Mapping[str, Any]
 STOPPED = "stopped.json"
 """The artifact that says after how many iterations the loop ended, where that wasn't the last, and why."""
 
+ORIGIN = "origin.json"
+"""The file in `data` that says at which commits a model and a dataset were read from the hub."""
+
 _PART = ".part"
 
 
@@ -364,6 +367,12 @@ class RunDir:
         except ValueError as error:
             stage = self.record(key)["stage"]
             raise CorruptArtifact(f"{self.path / key / name}: not JSON: {error}. {self._remedy(stage)}") from None
+
+    def origin(self) -> dict[str, str]:
+        """The commits on the hub that the model and the dataset were read at, as far as they are from there."""
+        if not self.has_record("data") or ORIGIN not in self.record("data")["files"]:
+            return {}
+        return {what: commit for what, commit in self.committed_json("data", ORIGIN).items() if commit}
 
     def recorded_input(self, name: str) -> Any:
         """What some artifact was made from, by the first record that names it; None where none does."""

@@ -25,10 +25,28 @@ anything = st.recursive(
 plausible = st.sampled_from([0, 1, -1, 0.5, 1e-4, "auto", "adamw_torch", [0.1, 0.2], "data.jsonl", True, "logistic"])
 
 
+FITTING: list[tuple[str, str, Any]] = [
+    ("training", "beta", 0.2),
+    ("training", "learning_rate", [1e-4, 1e-5, 1e-6]),
+    ("training", "bf16", False),
+    ("training", "optim", "rmsprop"),
+    ("data", "held_out", 0),
+    ("data", "columns", {"prompt": "\u2028"}),
+    ("generation", "batch_size", None),
+    ("prompt", "template", "a {prompt}"),
+    ("adapter", "target_modules", ["q_proj"]),
+    ("sft", "num_train_epochs", 2.0),
+    ("stop", "patience", 1),
+    ("warnings", "drift", None),
+]
+
+
 @st.composite
 def trees(draw: st.DrawFn) -> Any:
     tree: dict[Any, Any] = {"model": {"name": "m"}, "data": {"source": "d.jsonl"}}
-    for _ in range(draw(st.integers(0, 4))):
+    for section, key, value in draw(st.lists(st.sampled_from(FITTING), max_size=4)):
+        tree.setdefault(section, {})[key] = value
+    for _ in range(draw(st.integers(-3, 3))):
         section = draw(st.sampled_from(list(SECTIONS)) | texts)
         if draw(st.booleans()):
             tree[section] = draw(anything | plausible)
@@ -61,6 +79,7 @@ def test_trees(path: Path, tree: Any, overrides: list[tuple[str, str]]) -> None:
     accepted_or_refused("recipe trees", lambda: _loaded(path, [f"{key}={value}" for key, value in overrides]))
 
 
+GOOD = "model: {name: m}\ndata: {source: d}\n"
 YAML = ["a: ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!!binary ", "!!python/name:os.system ", "!!set ", "? "]
 YAML += [
     "<<: ",
@@ -93,7 +112,11 @@ YAML += [
 
 
 @cases(0.1)
-@given(content=st.lists(st.sampled_from(YAML), max_size=25).map("".join).map(str.encode) | st.binary(max_size=100))
+@given(
+    content=st.lists(st.sampled_from(YAML), max_size=25).map("".join).map(str.encode)
+    | st.lists(st.sampled_from(YAML), max_size=5).map(lambda parts: GOOD + "".join(parts)).map(str.encode)
+    | st.binary(max_size=100)
+)
 def test_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     accepted_or_refused("recipe bytes", lambda: _loaded(path, []))

@@ -25,14 +25,16 @@ def limited(seconds: float, size: int) -> Iterator[None]:
         yield
         return
     handler = signal.signal(signal.SIGALRM, _interrupt)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        with _bounded(size):
-            yield
+        try:
+            with _bounded(size):
+                yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, *timer)
     except _OvertimeError:
         raise TimeoutError from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)
 
 

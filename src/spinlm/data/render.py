@@ -185,8 +185,10 @@ class Renderer:
 
         try:
             with limited(LONGEST_RENDERING, MOST_MEMORY):
-                text = self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                    )
                 )
         except (TimeoutError, MemoryError) as error:
             limit = f"{LONGEST_RENDERING} seconds" if isinstance(error, TimeoutError) else f"{MOST_MEMORY:,} bytes"
@@ -198,7 +200,11 @@ class Renderer:
             raise UserError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
         except Exception as error:  # whatever its expressions come to
             raise RenderError(f"chat template refused it: {first_line(error)}") from None
-        return str(text)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RenderError("chat template makes invalid Unicode of it") from None
+        return text
 
     def _tokenize(self, text: str) -> list[int]:
         """Tokens of rendered text: its special tokens are written in it, none is added."""

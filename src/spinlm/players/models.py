@@ -25,7 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.errors import UserError, first_line
-from spinlm.players.weights import refuse_pickled_adapter, refuse_pickles
+from spinlm.players.weights import commit_of, refuse_pickled_adapter, refuse_pickles
 from spinlm.rundir import digest, file_hash, read_json
 
 transformers.utils.logging.disable_progress_bar()
@@ -264,8 +264,13 @@ class Players:
             files = sorted({path for pattern in WEIGHT_FILES for path in directory.glob(pattern)})
             identity = {path.name: file_hash(path) for path in files}
         else:
-            identity = [self._section.name, getattr(self.config, "_commit_hash", None)]
+            identity = [self._section.name, self.commit]
         return Player("base", None, digest([identity, self._section.dtype, self._section.load_in_4bit]))
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that a model on the hub is read at; None for one that isn't there."""
+        return None if Path(self._section.name).exists() else commit_of(self._section.name, self._section.revision)
 
     def _source(self) -> tuple[str, dict[str, Any]]:
         """What to hand to transformers' from_pretrained."""

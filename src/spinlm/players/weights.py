@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from spinlm.errors import UserError
 
@@ -56,6 +57,12 @@ def refuse_pickled_adapter(directory: Path) -> None:
             f"{directory}: has no adapter_model.safetensors, and adapters in other files aren't opened: a pickle can "
             "run code"
         )
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit on the hub that a branch or a tag stands for, as it is in the cache; None where it isn't known."""
+    commit: str | None = extract_commit_hash(_find(name, "config.json", revision), None)
+    return commit
 
 
 def _refusal(name: str, revision: str | None) -> str:
