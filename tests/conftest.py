@@ -20,7 +20,7 @@ from integration import command
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kill-runs", type=int, default=2, help="How many runs are killed at random moments.")
+    parser.addoption("--kill-runs", type=int, default=1, help="How many runs are killed at random moments.")
     parser.addoption("--faults-log", default=None, help="A file for what happened in each of them.")
 
 

@@ -25,7 +25,7 @@ from spinlm.reporting.report import Report, Sample, verdict
 from spinlm.reporting.summary import beside_the_others, measured_players, summarise
 from spinlm.reporting.training_log import folder_of
 from spinlm.reporting.verdict import closing_words
-from spinlm.rundir import RunDir, copy, read_json, write_json
+from spinlm.rundir import RunDir, copy, read_json, reading, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -368,6 +368,8 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
 def _export(source: Run, name: str, weights: Path, out: Path, merge: bool) -> None:
     """All of it or nothing."""
     RunDir(source.path).verify(weights.relative_to(source.path.resolve()).as_posix())
+    if not weights.is_dir():
+        raise UserError(f"{weights}: not a directory with weights, which an iteration's are")
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
     beside.parent.mkdir(parents=True, exist_ok=True)
@@ -397,15 +399,21 @@ def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool)
 
 
 def _card(run: RunDir, name: str, merged: bool) -> str:
-    summary = beside_the_others(run, summarise(run), name)
-    found = diagnostics(run, run.recipe()).get(name)
-    return model_card(name, run.header(), merged, summary, [] if found is None else found.warnings)
+    with reading(run.path):
+        summary = beside_the_others(run, summarise(run), name)
+        found = diagnostics(run, run.recipe()).get(name)
+        warnings = [] if found is None else found.warnings
+        return model_card(name, run.header(), merged, summary, warnings, run.origin())
 
 
 def _name_the_base(config: Path, base: ModelSection) -> None:
     """An adapter finds its base by name and revision: a local name has to hold wherever it is loaded from."""
     name = str(Path(base.name).resolve()) if Path(base.name).exists() else base.name
-    write_json(config, read_json(config) | {"base_model_name_or_path": name, "revision": base.revision})
+    try:
+        settings = dict(read_json(config))
+    except (ValueError, TypeError, OSError):
+        raise UserError(f"{config.name}: not an adapter's settings; spinlm run with --repair makes it anew") from None
+    write_json(config, settings | {"base_model_name_or_path": name, "revision": base.revision})
 
 
 def _weights_of(source: Run, player: str) -> tuple[str, Path]:

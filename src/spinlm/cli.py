@@ -221,12 +221,13 @@ def status(run_dir: Annotated[Path, typer.Argument(metavar="RUN")]) -> None:
     from rich.table import Table
 
     from spinlm.reporting.status import status as stages_of
-    from spinlm.rundir import RunDir
+    from spinlm.rundir import RunDir, reading
 
     table = Table(title=escape(str(run_dir)))
     for heading in ("stage", "state", "seconds"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
-    stages = stages_of(RunDir(run_dir))
+    with reading(run_dir):
+        stages = stages_of(RunDir(run_dir))
     for stage in stages:
         table.add_row(stage.name, stage.state, f"{stage.seconds:.1f}" if stage.seconds else "")
     left = sum(stage.state != "done" for stage in stages)
@@ -255,12 +256,16 @@ def report(
         raise UserError("--serve shows the page of one run, and writes no file: give one RUN, and no --out")
     if not serve and (host is not None or port is not None):
         raise UserError("--host and --port go with --serve")
+    from spinlm.rundir import reading
+
     if serve:
         _serve(runs[0], host, port)
     elif len(runs) > 1:
-        _compare(runs, out)
+        with reading(Path(", ".join(map(str, runs)))):
+            _compare(runs, out)
     else:
-        _report(runs[0], out)
+        with reading(runs[0]):
+            _report(runs[0], out)
 
 
 @app.command()

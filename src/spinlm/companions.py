@@ -63,7 +63,7 @@ def watching(rank: int, count: int) -> Iterator[None]:
         watch.end("failed")
         raise
     except Exception as error:
-        gone = watch.wait() if _may_be_of_another(error) else None
+        gone = watch.find() if _may_be_of_another(error) else None
         watch.end("failed")
         if gone:
             raise UserError(gone) from error
@@ -103,9 +103,13 @@ class _Watch(threading.Thread):
                     os._exit(2)
                 return
 
-    def wait(self) -> str | None:
-        """Who is gone, once that is known."""
-        self._found.wait(SILENCE + GRACE)
+    def find(self) -> str | None:
+        """Who is gone, once that is known. A signal until then is the launcher's, which has seen it too."""
+        try:
+            if self.look() is None:
+                self._found.wait(SILENCE + GRACE)
+        except Interrupted:
+            self.look()
         return self._gone
 
     def look(self) -> str | None:

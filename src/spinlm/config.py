@@ -7,6 +7,7 @@ the nearest known one, so that a misspelt setting can't be ignored in silence.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,13 @@ class Section(BaseModel):
     """A part of the recipe. Frozen: a run never changes its own recipe."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _without_nul(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("holds a NUL character")
+        return value
 
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -84,8 +92,8 @@ class PromptSection(Section):
         if value is None or "{" in value:
             return value
         try:
-            return Path(value).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return _read_text(Path(value))
+        except (OSError, ValueError) as error:
             raise ValueError(f"{value}: can't be read: {error}") from None
 
     @model_validator(mode="after")
@@ -113,6 +121,7 @@ class DataSection(Section):
             dataset on the hub.
         config: Configuration of a hub dataset.
         split: Split of a hub dataset.
+        revision: Branch, tag or commit of a hub dataset.
         columns: Where the columns have other names: any of `messages`, `system`, `prompt`, `input`,
             `response` to the dataset's own column.
         turns: Which assistant turns of a conversation are responses.
@@ -127,6 +136,7 @@ class DataSection(Section):
     source: str
     config: str | None = None
     split: str = "train"
+    revision: str | None = None
     columns: dict[Literal["messages", "system", "prompt", "input", "response"], str] = {}
     turns: Literal["last", "first", "all"] = "last"
     limit: int | None = Field(None, ge=1)
@@ -334,6 +344,8 @@ class TrainingSection(TrainerSection):
         for key, loss in (("noise_ratio", "noise_contrastive"), ("history_weight", "triplet")):
             if key in self.model_fields_set and getattr(self, key) != 1.0 and self.loss != loss:
                 raise ValueError(f"{key} is read with loss: {loss} only")
+        if self.skip_nonfinite and (reason := unskippable(self.optim, (self.model_extra or {}).get("deepspeed"))):
+            raise ValueError(f"skip_nonfinite: {reason}")
         if self.loss == "triplet" and self.mixture is not None:
             raise ValueError("mixture: the triplet loss has no opponent's log-probs that could be mixed")
         if self.regenerate_every is not None and self.mixture is not None:
@@ -501,6 +513,14 @@ class Recipe(Section):
         ]
 
 
+def unskippable(optim: str, deepspeed: Any) -> str | None:
+    """Why no step can be skipped once its gradient is known: the weights have been changed by then. None: it can."""
+    if deepspeed or any(kind in optim.lower() for kind in ("lomo", "layerwise")):
+        by = "deepspeed" if deepspeed else f"optim: {optim}"
+        return f"{by} changes the weights before a step can be skipped: choose one of them"
+    return None
+
+
 def at(schedule: Schedule, iteration: int) -> float:
     """A schedule's value in one iteration."""
     return schedule[iteration] if isinstance(schedule, list) else schedule
@@ -576,16 +596,68 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         UserError: It can't be read, or holds something else.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = _read_text(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date like 2024-02-31
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+    tree = _parsed_yaml(text, f"{path}:")
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a {what} is a mapping of sections; this is {type(tree).__name__}")
     return tree
+
+
+LARGEST_FILE = 100_000
+"""Bytes of a recipe or a template; one of some kilobytes is long."""
+
+MOST_VALUES = 100_000
+"""In a YAML document, what its aliases stand for counted as often as it stands there."""
+
+
+def _read_text(path: Path) -> str:
+    """A small file. A pipe or a device, which may have no end, isn't waited for.
+
+    Raises:
+        OSError: It can't be read.
+        ValueError: It is no file, is too large, or isn't UTF-8.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError("it is neither a file nor a directory")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
+def _parsed_yaml(text: str, where: str) -> Any:
+    """What a YAML document says; `where` begins the messages.
+
+    Raises:
+        UserError: It isn't valid, or holds more than any recipe.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_VALUES:
+            raise UserError(f"{where} too large: more than {MOST_VALUES:,} values, or an alias in what it stands for")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise UserError(f"{where} not valid YAML: nested too deeply") from None
+    except UserError:
+        raise
+    except Exception as error:  # besides YAMLError what its constructors come to: a date like 2024-02-31, !!bool x
+        raise UserError(f"{where} not valid YAML: {error}") from None
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """How many values a node holds, aliases written out; infinite where one stands inside itself."""
+    if node not in known:
+        known[node] = math.inf
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = children if isinstance(node, yaml.MappingNode) else [(child,) for child in children]
+        known[node] = 1 + sum(_size(child, known) for pair in pairs for child in pair)
+    return known[node]
 
 
 class _Loader(yaml.SafeLoader):
@@ -601,10 +673,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{override!r}: an override is written section.key=value, for example training.beta=0.2")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{override!r}: the value is not valid YAML: {error}") from None
+    value = _parsed_yaml(text, f"{override!r}: the value is")
     for part in reversed(key.strip().split(".")):
         value = {part: value}
     return dict(value)

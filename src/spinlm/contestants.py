@@ -157,7 +157,7 @@ class OtherModel:
             "generation": recipe.generation.model_copy(update={"engine": "transformers"}),
         }
         self._stages = Stages(recipe.model_copy(update=changes), stages.run, stages.progress, only={"benchmark"})
-        _ = self._stages.renderer  # by which its tokenizer is there
+        _ = self._stages.renderer, self._stages.players.config  # by which all but its weights is there
 
     def answer(self, questions: QuestionSet) -> Sheet:
         """One model is in memory: the run's is dropped first, and then this one."""

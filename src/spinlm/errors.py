@@ -6,6 +6,7 @@ import difflib
 import errno
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,28 @@ class UserError(Exception):
     """Something in the input, the machine or the run directory that its user can put right.
 
     The message says what is wrong, where (file, row, key) and what to do. The command line prints it
-    alone, without a traceback, and exits with code 2. Whatever it repeats of a library's or a server's
-    words, no secret is among them.
+    alone, without a traceback, and exits with code 2. What it quotes may be anybody's: it is made harmless to a
+    terminal, kept short, and no secret is left in it.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(without_secrets(message))
+        super().__init__(_shortened("".join(map(_shown, without_secrets(message)))))
+
+
+LONGEST_MESSAGE = 8000
+"""Characters."""
+
+
+def _shown(character: str) -> str:
+    """The character, or where it is none to be seen (control characters, lone surrogates), how Python writes it."""
+    unseen = unicodedata.category(character).startswith("C") and character not in "\n\t"
+    return character.encode("unicode_escape").decode() if unseen else character
+
+
+def _shortened(text: str) -> str:
+    """The beginning and the end, where what to do is said."""
+    half = LONGEST_MESSAGE // 2
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} […] {text[-half:]}"
 
 
 def without_secrets(text: str) -> str:

@@ -149,9 +149,8 @@ def estimate(recipe: Recipe, phase: str, split: Split, processes: int) -> str:
         processes: Devices.
     """
     planner = _Planner(recipe, None, processes, split)
-    planned = next(one for one in planner.phases() if one.name == phase)
     return (
-        f"spinlm plan estimates for {phase}, in each process, {planned.words()}; {planner.device} has "
+        f"spinlm plan estimates for {phase}, in each process, {planner.phase(phase).words()}; {planner.device} has "
         f"{_size(planner.memory)} in all"
     )
 
@@ -181,7 +180,7 @@ class _Planner:
     def plan(self) -> Plan:
         data = self._data_stage()
         stages = [data, *self._stages()]
-        phases = self.phases()
+        phases = [*self._training_phases(), self._scoring_phase(), self._generation_phase()]
         return Plan(
             machine=self._machine,
             processes=self._processes,
@@ -195,9 +194,13 @@ class _Planner:
             assumptions=self._assumptions(),
         )
 
-    def phases(self) -> list[Phase]:
-        """The memory of one process."""
-        return [*self._training_phases(), self._scoring_phase(), self._generation_phase()]
+    def phase(self, name: str) -> Phase:
+        """One of them, without the others."""
+        if name == "score":
+            return self._scoring_phase()
+        if name == "generate":
+            return self._generation_phase()
+        return next(one for one in self._training_phases() if one.name == name)
 
     @cached_property
     def memory(self) -> int:

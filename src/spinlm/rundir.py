@@ -5,6 +5,9 @@ Every artifact (a file or a directory) is written in `.staging/`, renamed to its
 record was interrupted and is made anew; a record whose files are missing or differ is an error that
 names them. An artifact's record also keeps its inputs (the recipe's values and the hashes of the
 artifacts it was made from): where they no longer hold, it is made anew too.
+
+A run directory may come from somebody else. Nothing in it is followed out of it: a link that leads elsewhere, a
+name with `..` in it and whatever isn't a file are refused before anything is read or written.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import socket
 import struct
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +45,9 @@ TIMINGS = "timings.jsonl"
 
 _HEADER = "run.json"
 _OWN_HASH = "own_hash"
+ORIGIN = "origin.json"
+"""The file in `data` that says at which commits a model and a dataset were read from the hub."""
+
 _PART = ".part"
 
 
@@ -142,13 +149,16 @@ class RunDir:
     """A directory that holds one run."""
 
     def __init__(self, path: Path) -> None:
+        """Raises UserError where there is a run with something in it that leads out of the directory."""
         self.path = path
         self._lock: FileIO | None = None
+        if self.exists():
+            _refuse_ways_out(path)
 
     # --- the run itself ---
 
     def exists(self) -> bool:
-        return (self.path / _HEADER).is_file()
+        return os.path.isfile(self.path / _HEADER)  # noqa: PTH113 (Path's own fails on a name that is too long)
 
     @cached_property
     def forked_from(self) -> RunDir | None:
@@ -166,13 +176,19 @@ class RunDir:
         path = self.path / _HEADER
         remedy = "Restore it, or let spinlm run RECIPE --repair make it anew from the recipe that you give"
         try:
-            return unsealed(read_json(path))
+            header = unsealed(read_json(path))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.path}: not a run directory (it has no run.json)") from None
         except OSError as error:
             raise UserError(f"{path}: can't be read: {error.strerror}") from None
         except ValueError as error:
             raise CorruptArtifact(f"{path}: not what was written: {first_line(error)}. {remedy}") from None
+        if missing := {"recipe", "versions", "forked_from"} - header.keys():
+            raise CorruptArtifact(f"{path}: has no {', '.join(sorted(missing))}. {remedy}")
+        for name, kind in (("recipe", dict), ("versions", dict), ("forked_from", (str, type(None)))):
+            if not isinstance(header[name], kind):
+                raise CorruptArtifact(f"{path}: its {name} isn't one. {remedy}")
+        return header
 
     def recipe(self) -> Recipe:
         """The recipe that the run was started with."""
@@ -233,6 +249,7 @@ class RunDir:
         others = [entry for entry in self.path.glob("*") if entry.name not in ("lock", f".{_HEADER}")]
         if others and not self.exists():  # asked last: another process may be starting the run
             raise UserError(f"{self.path}: holds files but no run; give an empty or new directory as run_dir")
+        _refuse_ways_out(self.path)
         self._lock = self._take_lock()
         try:
             self._sweep()
@@ -348,17 +365,30 @@ class RunDir:
         """
         path = self.record_path(key)
         try:
-            return unsealed(read_json(path))
-        except ValueError:
-            raise CorruptArtifact(f"{path}: not what was committed. {self._remedy(stage)}") from None
+            record = unsealed(read_json(path))
+            whole = _is_record(record, key)
+        except (ValueError, OSError):
+            whole = False
+        if not whole:
+            raise CorruptArtifact(f"{path}: not what was committed. {self._remedy(stage)}")
+        return record
 
     def hash(self, key: str) -> str:
         """A committed artifact's hash."""
         return str(self.record(key)["hash"])
 
     def keys(self, beginning: str = "") -> list[str]:
-        """The keys of all commits, in order, or of those that begin so."""
-        keys = [path.stem.replace("--", "/") for path in self._record_paths()]
+        """The keys of all commits, in order, or of those that begin so.
+
+        Raises:
+            CorruptArtifact: A record's name leads out of the run directory.
+        """
+        keys = []
+        for path in self._record_paths():
+            key = path.stem.replace("--", "/")
+            if not {"", ".", ".."}.isdisjoint(key.split("/")):
+                raise CorruptArtifact(f"{path}: the record of nothing that a run makes: delete it")
+            keys.append(key)
         return [key for key in keys if key.startswith(beginning)]
 
     def records(self) -> list[dict[str, Any]]:
@@ -390,12 +420,25 @@ class RunDir:
         return content
 
     def committed_json(self, key: str, name: str = "") -> Any:
-        """A committed JSON file; raises as `committed`."""
-        return json.loads(self.committed(key, name))
+        """A committed JSON file; raises as `committed`, and where it isn't JSON."""
+        return self._parsed(key, name, [self.committed(key, name)])[0]
 
     def committed_rows(self, key: str, name: str = "") -> list[dict[str, Any]]:
-        """The rows of a committed JSONL file; raises as `committed`."""
-        return [json.loads(line) for line in self.committed(key, name).splitlines()]
+        """The rows of a committed JSONL file; raises as `committed`, and where it isn't JSONL."""
+        return self._parsed(key, name, self.committed(key, name).splitlines())
+
+    def _parsed(self, key: str, name: str, parts: list[bytes]) -> list[Any]:
+        try:
+            return [parsed(part) for part in parts]
+        except ValueError as error:
+            stage = self.record(key)["stage"]
+            raise CorruptArtifact(f"{self.path / key / name}: not JSON: {error}. {self._remedy(stage)}") from None
+
+    def origin(self) -> dict[str, str]:
+        """The commits on the hub that the model and the dataset were read at, as far as they are from there."""
+        if not self.has_record("data") or ORIGIN not in self.record("data")["files"]:
+            return {}
+        return {what: commit for what, commit in self.committed_json("data", ORIGIN).items() if commit}
 
     def recorded_input(self, name: str) -> Any:
         """What some artifact was made from, by the first record that names it; None where none does."""
@@ -463,6 +506,68 @@ class RunDir:
         flush_directory(self.path)
 
 
+_MALFORMED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+"""What comes of values that have another shape than is expected."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What files come to that aren't a run's, though their records fit, as one message.
+
+    Raises:
+        UserError: With what is wrong and where that came up, for it may be a bug of ours.
+    """
+    try:
+        yield
+    except _MALFORMED as error:
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        what = f"{type(error).__name__}: {first_line(error)}, at {Path(frame.f_code.co_filename).name}:{line}"
+        raise UserError(
+            f"{path}: holds something that no run writes ({what}). Where nobody has changed it, that is a bug of ours"
+        ) from error
+
+
+def _refuse_ways_out(directory: Path) -> None:
+    """Refuse a run directory from which a link leads elsewhere, or in which opening something could take for ever.
+
+    Raises:
+        UserError: With its name.
+    """
+    root, left = os.path.realpath(directory), [os.fspath(directory)]
+    while left:
+        with suppress(OSError), os.scandir(left.pop()) as entries:  # a run that is going on moves its files
+            for entry in entries:
+                if entry.is_symlink():
+                    _refuse_way_out(entry.path, root)
+                elif entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise UserError(f"{entry.path}: neither a file nor a directory: delete it")
+
+
+def _refuse_way_out(link: str, root: str) -> None:
+    target = os.path.realpath(link)
+    if not Path(target).is_relative_to(root):
+        raise UserError(
+            f"{link}: a link out of the run directory, to {target}: delete it, or put there what it points to"
+        )
+
+
+def _is_record(record: Mapping[str, Any], key: str) -> bool:
+    """Whether an artifact's record has all that one has."""
+    kinds = {"key": str, "stage": str, "hash": str, "inputs": dict, "files": dict}
+    return record.get("key") == key and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+
+
 def _is_held(lock: BinaryIO) -> bool:
     """Whether another process has locked a file, by the system's `struct flock`; on a Mac its type comes fourth."""
     layout, place = ("@qqihh", 3) if sys.platform == "darwin" else ("@hhqqi", 0)
@@ -506,7 +611,16 @@ def file_hash(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises ValueError where it isn't JSON."""
+    return parsed(path.read_bytes())
+
+
+def parsed(content: bytes) -> Any:
+    """JSON; raises ValueError where it isn't."""
+    try:
+        return json.loads(content.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_json(path: Path, value: Any) -> None:

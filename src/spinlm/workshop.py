@@ -24,6 +24,7 @@ from spinlm.data.formats import load_examples
 from spinlm.data.pairs import Group
 from spinlm.data.prepare import Split, TokenizedExample, prepare
 from spinlm.data.render import Renderer
+from spinlm.data.sources import commit_of
 from spinlm.errors import UserError
 from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
@@ -37,6 +38,7 @@ from spinlm.reporting.html import LivePage
 from spinlm.reporting.progress import Progress
 from spinlm.results import Answers, Scores
 from spinlm.rundir import (
+    ORIGIN,
     TIMINGS,
     Artifact,
     Inputs,
@@ -116,6 +118,9 @@ class Workshop:
                 place.mkdir()
                 for part in ("train", "held_out", "dropped"):
                     write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
+                origin = {"model": self.players.commit, "dataset": commit_of(self.recipe.data)}
+                if any(origin.values()):
+                    write_json(place / ORIGIN, origin)
         self.processes.wait_for_everyone()
         split = Split(
             train=[TokenizedExample(**row) for row in self.run.committed_rows("data", "train.jsonl")],

@@ -1,4 +1,4 @@
-"""Starts the command again and again without importing the libraries again: each start is a fork, a session of its own.
+"""Starts the command again and again without importing the libraries again: each is a fork, in a group of its own.
 
     python forkserver.py
 
@@ -18,7 +18,6 @@ from typing import Any
 def _become(arguments: list[str], cwd: str, output: str) -> None:
     from spinlm.cli import main
 
-    os.setsid()
     os.chdir(cwd)
     written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(written, 1)
@@ -36,6 +35,7 @@ def _become(arguments: list[str], cwd: str, output: str) -> None:
 
 def _start(wanted: dict[str, Any]) -> int:
     child = os.fork()
+    os.setpgid(child, child)  # in both: whichever comes first
     if not child:
         try:
             _become(**wanted)

@@ -24,7 +24,7 @@ class ForkServer:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, str(FORKSERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, str(FORKSERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         assert self._read(LONGEST) == "ready"
         return self
@@ -41,7 +41,7 @@ class ForkServer:
         """
         assert self._process.stdin is not None
         wanted = {"arguments": list(arguments), "cwd": str(cwd), "output": str(output)}
-        self._process.stdin.write(json.dumps(wanted) + "\n")
+        self._process.stdin.write(json.dumps(wanted).encode() + b"\n")
         group = self._read(LONGEST)
         assert group is not None
         code = self._read(delay)
@@ -55,11 +55,11 @@ class ForkServer:
         return int(code)
 
     def _read(self, seconds: float) -> str | None:
-        """The next line, or None if none comes in time."""
+        """The next line, or None if none comes in time. Unbuffered: what is waiting is seen to wait."""
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], seconds)[0]:
             return None
-        return self._process.stdout.readline().strip()
+        return self._process.stdout.readline().decode().strip()
 
 
 ORDERLY = 30.0

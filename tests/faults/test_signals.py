@@ -55,7 +55,9 @@ def stopped(outcome: Outcome, code: int) -> str:
     return outcome.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_in_training_the_step_is_finished_and_saved(here: Path, whole: Path, number: int, code: int) -> None:
     waiting = waiting_at("iteration 1: train 3 6", RUN, here, call=SHOWN)
     os.kill(waiting.pid, number)
@@ -74,6 +76,7 @@ def test_in_training_the_step_is_finished_and_saved(here: Path, whole: Path, num
     assert differing(whole / "runs/recipe", run) == []
 
 
+@pytest.mark.slow
 def test_what_supervised_training_logs_goes_on_too(here: Path, whole: Path) -> None:
     changes = ("sft.num_train_epochs=2", "run_dir=runs/longer")
     succeeded(spinlm(*RUN, *changes, cwd=whole))
@@ -85,6 +88,7 @@ def test_what_supervised_training_logs_goes_on_too(here: Path, whole: Path) -> N
     assert differing(whole / "runs/longer", here / "runs/longer") == []
 
 
+@pytest.mark.slow
 def test_the_best_is_chosen_from_the_checkpoints_of_the_recipe(here: Path) -> None:
     """One that is there only because of a signal is none of them."""
     keep = ("keep=best", "run_dir=runs/best")
@@ -95,7 +99,13 @@ def test_the_best_is_chosen_from_the_checkpoints_of_the_recipe(here: Path) -> No
     assert candidates == ["000003"]
 
 
-@pytest.mark.parametrize("place_of", ["iterations/0/synthetic/00001", "iterations/0/opponent_logprobs/00002"])
+@pytest.mark.parametrize(
+    "place_of",
+    [
+        "iterations/0/synthetic/00001",
+        pytest.param("iterations/0/opponent_logprobs/00002", marks=pytest.mark.slow),
+    ],
+)
 def test_elsewhere_it_ends_at_once_and_keeps_every_shard(here: Path, place_of: str) -> None:
     waiting = waiting_at(place_of, RUN, here)
     os.kill(waiting.pid, signal.SIGTERM)

@@ -94,7 +94,7 @@ def test_one_of_torchrun_dies(launched: subprocess.Popen[str], place: Path, whol
     workers[rank].kill()
     _, err = launched.communicate(timeout=WITHIN)
     assert launched.returncode != 0
-    assert f"process {rank} (pid {workers[rank].pid} on {socket.gethostname()}) has died" in err
+    assert f"process {rank} (pid {workers[rank].pid} on {socket.gethostname()}) has died" in err, err
     assert not workers[1 - rank].is_running()
     goes_on(place, whole)
 
@@ -111,7 +111,7 @@ def test_one_without_a_launcher_dies(place: Path, whole: Path, rank: int, dies_i
     both[rank].communicate()
     assert other.returncode == 2
     assert "Traceback" not in err
-    assert f"spinlm: process {rank} (pid {both[rank].pid} on {socket.gethostname()}) has died" in err
+    assert f"spinlm: process {rank} (pid {both[rank].pid} on {socket.gethostname()}) has died" in err, err
     goes_on(place, whole)
 
 

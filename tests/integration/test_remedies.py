@@ -283,6 +283,8 @@ def test_nothing_to_choose_by_is_refused(place: Path, held_out: float, choice: d
         ({"training": {"loss": "triplet", "mixture": "uniform"}}, ["mixture", "triplet"]),
         ({"training": {"mixture": [0.0, 1.0]}}, ["mixture", "above 0"]),
         ({"training": {"mixture": []}}, ["mixture"]),
+        ({"training": {"skip_nonfinite": 1, "deepspeed": "z.json"}}, ["skip_nonfinite: deepspeed changes the weights"]),
+        ({"training": {"skip_nonfinite": 1, "optim": "adalomo"}}, ["skip_nonfinite: optim: adalomo changes"]),
         ({"training": {"regenerate_every": 2, "fsdp": "full_shard"}}, ["regenerate_every", "fsdp"]),
         ({"keep": "best", "training": {"deepspeed": "zero3.json"}}, ["keep: best", "deepspeed"]),
     ],

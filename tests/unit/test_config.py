@@ -1,5 +1,6 @@
 """The recipe: what it takes, what it refuses and in which words."""
 
+import os
 import re
 import subprocess
 import sys
@@ -470,3 +471,39 @@ def test_documented_defaults_are_the_defaults() -> None:
             cell = re.search(rf"^\| `{re.escape(name)}` \| ([^|]*) \|", documented, flags=re.MULTILINE)
             if cell is not None and isinstance(info.default, bool | int | float | str):
                 assert yaml.load(cell[1].strip(" `"), Loader=config._Loader) == info.default, name
+
+
+class TestHostileFiles:
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("a: &a [*a]", "too large: more than 100,000 values, or an alias in what it stands for"),
+            ("".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}' if i else 'x'] * 9)}]\n" for i in range(12)), "too large"),
+            ("[" * 20_000, "nested too deeply"),
+            ("a: !!bool x", "not valid YAML"),
+            ("a: !!timestamp x", "not valid YAML"),
+            ("a: !!int ''", "not valid YAML"),
+            ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+            ("a: " + "x" * 200_000, "it has more than 100,000 bytes"),
+            ('model: {name: "a\\0b"}', "model.name: holds a NUL character"),
+            ("1: 2", "1: "),
+        ],
+    )
+    def test_are_refused(self, tmp_path: Path, text: str, words: str) -> None:
+        (tmp_path / "r.yaml").write_text(text)
+        with pytest.raises(UserError, match=re.escape(words)):
+            load_recipe(tmp_path / "r.yaml")
+
+    def test_aliases_that_people_write_are_read(self, tmp_path: Path) -> None:
+        (tmp_path / "r.yaml").write_text(
+            "model: {name: m}\ndata: {source: d}\nsft: &t {logging_steps: 2}\ntraining: {<<: *t, beta: 0.3}\n"
+        )
+        training = load_recipe(tmp_path / "r.yaml").training
+        assert (training.logging_steps, training.beta) == (2, 0.3)
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "r.yaml")
+        with pytest.raises(UserError, match="neither a file nor a directory"):
+            load_recipe(tmp_path / "r.yaml")
+        with pytest.raises(UserError, match="neither a file nor a directory"):
+            load_recipe(None, ["model.name=m", "data.source=d", f"prompt.chat_template={tmp_path / 'r.yaml'}"])

@@ -20,7 +20,7 @@ from spinlm.data.render import Renderer
 from spinlm.generation.continuous import LOGITS_COPIES, columns_needed, row_bytes
 from spinlm.generation.packed_linear import packed_bytes
 from spinlm.hardware import named_gpu
-from spinlm.planning import Plan, StageCost, estimate, plan
+from spinlm.planning import Phase, Plan, StageCost, estimate, plan
 from spinlm.players.layouts import tokens_per_pass
 from spinlm.players.logprobs import Method, all_scores, logits_argument
 from spinlm.players.models import Players
@@ -148,11 +148,18 @@ def test_training_memory_is_what_a_real_step_takes(changes: dict[str, Any], smal
     assert planned == pytest.approx(_real_step(recipe, tmp_path / "out"), rel=0.15)
 
 
+def test_a_phase_in_words() -> None:
+    phase = Phase("train", {"weights": 2_000_000_000, "gradients": 0, "adapter": 500_000_000})
+    assert phase.words() == "2.50 GB: weights 2.00 GB, adapter 500.00 MB"
+
+
+@pytest.mark.slow
 def test_one_phase_is_estimated_in_a_sentence(small: Path, tmp_path: Path) -> None:
     recipe = _recipe(small, _dataset(tmp_path / "data.jsonl"))
     players = Players(recipe.model, recipe.adapter)
     split = prepare_data(recipe, players, Renderer(players.tokenizer, recipe.prompt, players.stop_ids()))
-    for phase in plan(recipe).phases:
+    planned = {phase.name: phase for phase in plan(recipe).phases}
+    for phase in (planned["train"], planned["generate"]):
         said = estimate(recipe, phase.name, split, processes=1)
         assert said.startswith(
             f"spinlm plan estimates for {phase.name}, in each process, {phase.words()}; the machine has "

@@ -34,6 +34,10 @@ PROMPT_AND_RESPONSE_COLUMNS = (
 )
 SYSTEM_COLUMNS = ("system", "system_prompt")
 
+MOST_TURNS = 256
+"""Before a response that is one of several of its conversation: each of them has a prompt of its own, and all of these
+together would be as many turns as the conversation has, squared."""
+
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -177,6 +181,9 @@ def _outcomes(row: Row, shape: Shape, turns: str) -> Iterator[Example | Dropped]
         return
     for number, position in enumerate(wanted, start=1):
         place = f"{row.place}#{number}" if turns == "all" else row.place
+        if turns == "all" and position > MOST_TURNS:
+            yield Dropped(place, f"after more than {MOST_TURNS:,} turns")
+            continue
         try:
             prompt = _prompt((*context, *continuation[:position]))
             yield Example(place, prompt, _response(continuation[position]), row.verifier)

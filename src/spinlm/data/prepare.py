@@ -13,6 +13,10 @@ from spinlm.data.examples import Dropped, Example
 from spinlm.data.render import Renderer, RenderError
 from spinlm.errors import UserError
 
+MOST_TIMES_TOO_LONG = 8
+"""A text with this many times the characters that fit, were all of its tokens the longest that there are, is dropped
+unread, also where `data.overlong` would have it truncated."""
+
 
 @dataclass(frozen=True)
 class TokenizedExample:
@@ -78,6 +82,8 @@ def prepare(
 
 
 def _tokenize(example: Example, renderer: Renderer, section: DataSection) -> TokenizedExample | Dropped:
+    if reason := _far_too_long(example, renderer, section):
+        return Dropped(example.id, reason)
     try:
         prompt_ids = renderer.prompt_ids(example.messages)
         real_ids = renderer.response_ids(example.messages, example.response)
@@ -101,6 +107,16 @@ def _tokenize(example: Example, renderer: Renderer, section: DataSection) -> Tok
         real=example.response,
         verifier=example.verifier,
     )
+
+
+def _far_too_long(example: Example, renderer: Renderer, section: DataSection) -> str:
+    """Why a text of many megabytes needn't be tokenised to know that it doesn't fit; empty where it may."""
+    most = MOST_TIMES_TOO_LONG * renderer.longest_token
+    if len(example.response) > most * section.max_length:
+        return "response over data.max_length"
+    if sum(len(message["content"]) for message in example.messages) > most * section.max_prompt_tokens:
+        return "prompt over data.max_prompt_tokens"
+    return ""
 
 
 def _without_its_left(prompt_ids: list[int], limit: int, bos_id: int | None) -> list[int]:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from spinlm.config import PromptSection
 from spinlm.data.examples import Message
-from spinlm.errors import UserError
+from spinlm.data.limits import limited
+from spinlm.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 """The paper's prompt, for tokenizers that have no chat template (section 6, and its repository)."""
+
+LONGEST_RENDERING = 5
+"""Seconds that a chat template may take for one conversation; a usual one takes a few microseconds a message."""
+
+MOST_MEMORY = 2_000_000_000
+"""Bytes that it may take."""
 
 _PROBE = "spinlm"
 
@@ -63,6 +71,11 @@ class Renderer:
         """The token that begins every sequence, for tokenizers that have one."""
         bos = self.tokenizer.bos_token_id
         return None if bos is None else int(bos)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the vocabulary's longest token: a text has at least its length over this many tokens."""
+        return max(map(len, self.tokenizer.get_vocab()), default=1)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's tokens, up to where the response begins.
@@ -171,14 +184,27 @@ class Renderer:
         import jinja2
 
         try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            with limited(LONGEST_RENDERING, MOST_MEMORY):
+                text = str(
+                    self.tokenizer.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                    )
+                )
+        except (TimeoutError, MemoryError) as error:
+            limit = f"{LONGEST_RENDERING} seconds" if isinstance(error, TimeoutError) else f"{MOST_MEMORY:,} bytes"
+            raise UserError(
+                f"the chat template needs more than {limit} for a conversation of {len(messages)} messages: give "
+                "another prompt.chat_template"
+            ) from None
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RenderError(f"chat template refused it: {error}") from None
-        return str(text)
+        except Exception as error:  # whatever its expressions come to
+            raise RenderError(f"chat template refused it: {first_line(error)}") from None
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RenderError("chat template makes invalid Unicode of it") from None
+        return text
 
     def _tokenize(self, text: str) -> list[int]:
         """Tokens of rendered text: its special tokens are written in it, none is added."""

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,8 +79,10 @@ def _rows_of(section: DataSection) -> list[Row]:
         return _rows_of_task(source.removeprefix(REASONING_GYM), section.reasoning_gym)
     if path.is_dir():
         return _rows_of_directory(path)
-    if path.exists():
+    if path.is_file():
         return _rows_of_file(path)
+    if path.exists():
+        raise UserError(f"data.source: {source}: neither a file nor a directory")
     if _looks_like_a_path(source):
         near = nearest(path.name, [p.name for p in path.parent.glob("*")])
         raise UserError(f"data.source: {source}: no such file or directory{near}")
@@ -240,23 +243,45 @@ def _looks_like_a_path(source: str) -> bool:
 # The hub
 
 
+def commit_of(section: DataSection) -> str | None:
+    """The commit that a dataset on the hub is read at; None for one that isn't there, or where it isn't known.
+
+    Raises:
+        UserError: It can't be had.
+    """
+    if section.source.startswith(REASONING_GYM) or _looks_like_a_path(section.source) or Path(section.source).exists():
+        return None
+    files = _hub_dataset(section.source, section.config, section.split, section.revision).cache_files
+    names = {Path(file["filename"]).parent.name for file in files}  # the library's own, by commit
+    return next((name for name in names if re.fullmatch("[0-9a-f]{40}", name)), None)
+
+
 def _rows_of_hub(section: DataSection) -> list[Row]:
     try:
-        from datasets import load_dataset
+        dataset = _hub_dataset(section.source, section.config, section.split, section.revision)
+        commit, wanted = commit_of(section), section.revision or ""
+        if commit is not None and re.fullmatch("[0-9a-f]{40}", wanted) and commit != wanted:
+            raise ValueError(f"not at hand: without the hub the datasets library takes what it has, {commit}")
+        return [Row(f"{section.source}[{index}]", dict(row)) for index, row in enumerate(dataset)]
     except ImportError:
         raise UserError(
             f"data.source: {section.source}: not a file or directory here, and datasets from the hub need "
             "the datasets library: pip install datasets"
         ) from None
-    try:
-        dataset = load_dataset(section.source, section.config, split=section.split)
-        return [Row(f"{section.source}[{index}]", dict(row)) for index, row in enumerate(dataset)]
     except Exception as error:  # a name, a configuration, a split, a network, a login, a broken file
         tried = f"split {section.split}" + (f" of configuration {section.config}" if section.config else "")
+        tried += f" at {section.revision}" if section.revision else ""
         raise UserError(
             f"data.source: {section.source}: not a file or directory here, and the hub said: "
             f"{first_line(error)} (asked for {tried})"
         ) from None
+
+
+@lru_cache(maxsize=1)
+def _hub_dataset(source: str, config: str | None, split: str, revision: str | None) -> Any:
+    from datasets import load_dataset
+
+    return load_dataset(source, config, split=split, revision=revision)
 
 
 # reasoning-gym

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import yaml
+from jinja2.sandbox import SandboxedEnvironment
 
 from spinlm.errors import UserError, first_line, nearest
 from spinlm.rundir import file_hash, file_hashes
@@ -141,8 +143,11 @@ class Catalogue:
         """Refuse what can't be measured here, before any dataset is fetched.
 
         Raises:
-            UserError: It runs a model's programs, has images in it, or keeps to another number of examples.
+            UserError: It runs a model's programs or code of a task file's, has images in it, or keeps to another
+                number of examples.
         """
+        if is_task_file(task):
+            _refuse_code(Path(task))
         for config in self._tasks_of(task):
             name = config.get("task")
             if config.get("unsafe_code"):
@@ -176,6 +181,9 @@ class Catalogue:
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_defaults=False) if is_task_file(task) else _index()
+        if is_task_file(task):
+            _refuse_code(Path(task))
+        _render_in_a_sandbox()
         try:
             with listening():
                 return manager.load([task])
@@ -373,6 +381,78 @@ def _read_task_file(path: Path) -> dict[str, Any]:
     if "task" not in config:
         raise UserError(f"{path}: neither a suite (it has no tasks) nor a task file of lm-eval's (it has no task)")
     return dict(config)
+
+
+def _refuse_code(path: Path) -> None:
+    """Refuse a task file that has lm-eval run Python of its own choice: functions, or metrics that lm-eval hasn't.
+
+    Those that come with lm-eval may, also where a task file includes them.
+
+    Raises:
+        UserError: With the line.
+    """
+    import lm_eval
+    from lm_eval.api import metrics  # noqa: F401 (registers them)
+    from lm_eval.api.registry import metric_registry
+
+    what_to_do = "which isn't done here: export the player, and use lm-eval's own command where that does no harm"
+    left, seen = [path.expanduser().resolve()], set[Path]()
+    while left:
+        file = left.pop()
+        if file in seen or file.is_relative_to(Path(lm_eval.__file__).parent):
+            continue
+        seen.add(file)
+        for node in _nodes(file):
+            if node.tag.startswith("!"):
+                raise UserError(f"{file}: line {node.start_mark.line + 1}: runs Python ({node.tag}), {what_to_do}")
+        left += [file.parent / included for included in _included(file)]
+    for one in _read_task_file(path).get("metric_list") or []:
+        name = one.get("metric") if isinstance(one, dict) else one
+        if name not in metric_registry or one.get("hf_evaluate"):
+            raise UserError(
+                f"{path}: lm-eval has no metric {name!r}, and would fetch code that computes it, {what_to_do}"
+            )
+
+
+def _nodes(file: Path) -> Iterator[yaml.Node]:
+    """All of a YAML file's; none where it isn't one, which its reader says."""
+    try:
+        left = [yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return
+    seen = set[int]()
+    while left:
+        node = left.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            left += [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
+
+
+def _included(file: Path) -> list[str]:
+    """The names after `include`, wherever that stands."""
+    pairs = [pair for node in _nodes(file) if isinstance(node, yaml.MappingNode) for pair in node.value]
+    values = [value for key, value in pairs if key.value == "include"]
+    nodes = [one for value in values for one in (value.value if isinstance(value, yaml.SequenceNode) else [value])]
+    return [node.value for node in nodes if isinstance(node, yaml.ScalarNode)]
+
+
+def _render_in_a_sandbox() -> None:
+    """The templates of tasks, which lm-eval renders with all of Python within their reach."""
+    from lm_eval import utils
+
+    if not isinstance(utils.env, SandboxedEnvironment):
+        sandbox = SandboxedEnvironment(
+            loader=utils.env.loader,
+            undefined=utils.env.undefined,
+            keep_trailing_newline=utils.env.keep_trailing_newline,
+        )
+        sandbox.filters.update(utils.env.filters)
+        utils.env = sandbox
 
 
 def _portable(value: Any) -> Any:

@@ -127,7 +127,8 @@ def find_suite(name: str, catalogue: Catalogue) -> tuple[str, Suite]:
 
 def slug(name: str) -> str:
     """A name as a part of a file's name."""
-    return re.sub(r"-{2,}", "-", re.sub(r"[^\w.-]+", "-", name)).strip("-.") or "suite"
+    words = re.sub(r"-{2,}", "-", re.sub(r"[^\w.-]+", "-", name)).strip("-.")
+    return words.encode()[:80].decode(errors="ignore").strip("-.") or "suite"  # a file's name has 255 bytes
 
 
 _SHIPPED = files("spinlm") / "suites"

@@ -8,6 +8,8 @@ whole model, and the one in memory is dropped before the next is loaded.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +19,18 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.errors import UserError, first_line
 from spinlm.hardware import release_memory
+from spinlm.players.weights import commit_of, refuse_pickled_adapter, refuse_pickles
 from spinlm.rundir import digest, file_hash, read_json
 
 transformers.utils.logging.disable_progress_bar()
 
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "config.json")
+WEIGHT_FILES = ("*.safetensors", "*.gguf", "config.json")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Players:
         self._model: Any = None
         self._seated: str | None = None
         self._use_cache: bool | None = None
+        self._has_said = False
         self.device = find_device(model.device)
         if model.load_in_4bit:
             _require_bitsandbytes()
@@ -131,7 +134,10 @@ class Players:
 
         base = self._bare_base()
         if player.path is not None:
-            self._model = PeftModel.from_pretrained(base, str(player.path), is_trainable=trainable)
+            refuse_pickled_adapter(player.path)
+            self._model = PeftModel.from_pretrained(
+                base, str(player.path), is_trainable=trainable, config=self._lora_config(base)
+            )
         elif trainable:
             torch.manual_seed(seed)
             self._model = self._new_adapter(base)
@@ -140,13 +146,19 @@ class Players:
 
     def _new_adapter(self, base: Any) -> Any:
         """A fresh adapter: it changes nothing until it is trained."""
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        assert self._adapter is not None
         try:
-            return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **_lora_arguments(self._adapter, base)))
+            return get_peft_model(base, self._lora_config(base))
         except ValueError as error:
             raise UserError(f"adapter: peft refuses these settings for {self._section.name}: {error}") from None
+
+    def _lora_config(self, base: Any) -> Any:
+        """The recipe's; what a file beside an adapter's weights says isn't read."""
+        from peft import LoraConfig
+
+        assert self._adapter is not None
+        return LoraConfig(task_type="CAUSAL_LM", **_lora_arguments(self._adapter, base))
 
     def _bare_base(self) -> Any:
         from peft import PeftModel
@@ -200,15 +212,41 @@ class Players:
         Raises:
             UserError: It can't be loaded.
         """
-        return self._read(AutoConfig)
+        config = self._read(AutoConfig)
+        self._refuse_pickles()
+        return config
+
+    def _refuse_pickles(self) -> None:
+        name, arguments = self._source()
+        if "gguf_file" not in arguments:
+            refuse_pickles(name, self._section.revision)
 
     def _read(self, kind: Any, what: str = "") -> Any:
         name, arguments = self._source()
+        self._say_that_code_runs()
         try:
             return kind.from_pretrained(name, **arguments)
-        except (OSError, ValueError, KeyError) as error:
-            place = f"model.name: {what}{self._section.name}"
-            raise UserError(f"{place} can't be loaded: {first_line(error)}") from None
+        except Exception as error:  # whatever its files hold
+            raise self._unloadable(f"{what}{self._section.name}", error) from None
+
+    def _unloadable(self, what: str, error: Exception) -> Exception:
+        """What to say of a model that can't be loaded; the error itself, where that isn't the model's fault."""
+        if isinstance(error, (UserError, MemoryError, torch.OutOfMemoryError)):
+            return error
+        if "trust_remote_code" in str(error):
+            return UserError(
+                f"model.name: {what} comes with code of its own, which isn't run. Read it; where you trust it, and "
+                "what it may become (pin model.revision to a commit), set model.trust_remote_code=true"
+            )
+        return UserError(f"model.name: {what} can't be loaded: {first_line(error)}")
+
+    def _say_that_code_runs(self) -> None:
+        """Once, before it does, on standard error: standard output may be read by programs."""
+        if self._section.trust_remote_code and not self._has_said and os.environ.get("LOCAL_RANK", "0") == "0":
+            self._has_said = True
+            name = self._section.name
+            at = "" if Path(name).exists() else f" at {self._section.revision or 'its newest revision'}"
+            print(f"model.trust_remote_code: runs code that comes with the model: {name}{at}", file=sys.stderr)
 
     def stop_ids(self) -> list[int]:
         """The tokens that the model's own generation settings stop at."""
@@ -224,8 +262,13 @@ class Players:
             files = sorted({path for pattern in WEIGHT_FILES for path in directory.glob(pattern)})
             identity = {path.name: file_hash(path) for path in files}
         else:
-            identity = [self._section.name, getattr(self.config, "_commit_hash", None)]
+            identity = [self._section.name, self.commit]
         return Player("base", None, digest([identity, self._section.dtype, self._section.load_in_4bit]))
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that a model on the hub is read at; None for one that isn't there."""
+        return None if Path(self._section.name).exists() else commit_of(self._section.name, self._section.revision)
 
     def _source(self) -> tuple[str, dict[str, Any]]:
         """What to hand to transformers' from_pretrained."""
@@ -249,6 +292,10 @@ class Players:
         name, arguments = self._source()
         if path is not None:
             name, arguments = str(path), {"trust_remote_code": self._section.trust_remote_code}
+            refuse_pickles(name)
+        else:
+            self._refuse_pickles()
+        self._say_that_code_runs()
         if self._section.attn_implementation is not None:
             arguments["attn_implementation"] = self._section.attn_implementation
         if self._section.load_in_4bit:
@@ -257,10 +304,10 @@ class Players:
             )
         try:
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                name, dtype=self._dtype(), output_loading_info=True, **arguments
+                name, dtype=self._dtype(), output_loading_info=True, use_safetensors=True, **arguments
             )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"model.name: {name} can't be loaded: {first_line(error)}") from None
+        except Exception as error:  # whatever its files hold
+            raise self._unloadable(name, error) from None
         if loaded["missing_keys"]:
             missing = ", ".join(sorted(loaded["missing_keys"])[:3])
             raise UserError(f"model.name: {name} has no weights for {missing}, …: they would be random numbers")
@@ -279,6 +326,8 @@ class Players:
             return GenerationConfig.from_pretrained(name, **arguments)
         except OSError:
             return GenerationConfig.from_model_config(self.config)
+        except Exception as error:  # whatever its file holds
+            raise self._unloadable(f"the generation settings of {name}", error) from None
 
     def _dtype(self) -> torch.dtype:
         if self._section.dtype != "auto":

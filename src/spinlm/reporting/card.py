@@ -11,7 +11,14 @@ from spinlm.reporting.report import COLUMNS, compared_with, markdown_row, with_i
 from spinlm.reporting.summary import Summary, is_iteration
 
 
-def model_card(name: str, header: Mapping[str, Any], merged: bool, summary: Summary, warnings: Sequence[Warned]) -> str:
+def model_card(
+    name: str,
+    header: Mapping[str, Any],
+    merged: bool,
+    summary: Summary,
+    warnings: Sequence[Warned],
+    origin: Mapping[str, str] | None = None,
+) -> str:
     """The README of an exported model.
 
     Args:
@@ -20,7 +27,10 @@ def model_card(name: str, header: Mapping[str, Any], merged: bool, summary: Summ
         merged: Whether it is a whole model, not an adapter.
         summary: The run's, with the differences between this player and the others.
         warnings: Of its iteration.
+        origin: The commits of `model` and `dataset`, where they are from the hub.
     """
+    commits = {what: f" at commit {commit}" for what, commit in (origin or {}).items()}
+    at, data_at = commits.get("model", ""), commits.get("dataset", "")
     recipe = header["recipe"]
     training, base, kind = recipe["training"], recipe["model"]["name"], "A merged model" if merged else "An adapter"
     return "\n".join(
@@ -33,9 +43,9 @@ def model_card(name: str, header: Mapping[str, Any], merged: bool, summary: Summ
             "",
             f"# {name}",
             "",
-            f"{kind} trained from `{base}` by {_method(name)}, with spinlm {header['versions'].get('spinlm', '')}.",
+            f"{kind} trained from `{base}`{at} by {_method(name)}, with spinlm {header['versions'].get('spinlm', '')}.",
             "",
-            f"Dataset: `{recipe['data']['source']}`. Loss: {training['loss']}, beta {training['beta']}, "
+            f"Dataset: `{recipe['data']['source']}`{data_at}. Loss: {training['loss']}, beta {training['beta']}, "
             f"learning rate {training['learning_rate']}, seed {recipe['seed']}.",
             "",
             *_measures(name, summary),

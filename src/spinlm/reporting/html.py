@@ -254,6 +254,7 @@ def _finite_values(
 def _facts(run: RunDir, recipe: Recipe) -> list[tuple[str, str]]:
     header = run.header()
     facts = [("base model", recipe.model.name), ("dataset", recipe.data.source), ("seed", str(recipe.seed))]
+    facts += [(f"commit of the {what}", commit) for what, commit in run.origin().items()]
     if run.has_record("data"):
         made_from: Mapping[str, str] = run.record("data")["inputs"].get("files") or {}
         facts += [(f"SHA-256 of {name or 'the dataset'}", value) for name, value in made_from.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from spinlm.config import Recipe
@@ -123,6 +124,8 @@ def _spent(run: RunDir) -> tuple[Mapping[str, float], Mapping[str, int]]:
     seconds: dict[str, float] = defaultdict(float)
     tokens: dict[str, int] = defaultdict(int)
     for row in read_log(run.path / TIMINGS):
-        seconds[row["what"]] += row["seconds"]
-        tokens[row["what"]] += row.get("tokens", 0)
+        with suppress(KeyError, TypeError, ValueError, OverflowError):  # a row that no run has written
+            what, spent, read = str(row["what"]), float(row["seconds"]), int(row.get("tokens", 0))
+            seconds[what] += spent
+            tokens[what] += read
     return seconds, tokens

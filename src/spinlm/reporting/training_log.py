@@ -50,7 +50,7 @@ def _checkpointed(run: RunDir, folder: str) -> list[Row]:
     """The mark beside a checkpoint is written when the checkpoint is whole; it may be removed while we read."""
     marks = run.checkpoints(folder).glob("*/checkpoint-*.json")
     for mark in sorted(marks, key=lambda path: int(path.stem.removeprefix("checkpoint-")), reverse=True):
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             state = (mark.with_suffix("") / _STATE).read_bytes()
             if sha256(state).hexdigest() == unsealed(read_json(mark))[_STATE]:
                 return list(json.loads(state)["log_history"])

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from spinlm import interruption
+from spinlm.errors import UserError, first_line
 from spinlm.rundir import (
     file_hashes,
     flush_directory,
@@ -78,11 +79,20 @@ def train_resumably(
     if on_log is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(on_log))
     checkpoint = last_checkpoint(directory, say)
+    begun = _Begun()
+    trainer.add_callback(begun)
     try:
         with interruption.deferred():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NonFiniteLoss as found:
         raise found.keeping(last_checkpoint(directory)) from None
+    except Exception as error:  # of what was pickled, torch opens numbers and tensors only
+        its_own = (UserError, MemoryError, torch.OutOfMemoryError)
+        if checkpoint is None or begun.has_begun or isinstance(error, its_own):
+            raise
+        raise UserError(
+            f"{checkpoint}: not a checkpoint that a run writes: {first_line(error)}. Delete it: training begins anew"
+        ) from None
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     # In one order: a checkpoint gives back its entries sorted.
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
@@ -98,8 +108,8 @@ def last_checkpoint(directory: Path, say: Callable[[str], None] = lambda _: None
     for mark in sorted(directory.glob("checkpoint-*.json"), key=step_of, reverse=True):
         checkpoint = mark.with_suffix("")
         try:
-            if marked_hashes(mark) == file_hashes(checkpoint):
-                return checkpoint
+            if marked_hashes(mark) == file_hashes(checkpoint) and not any(checkpoint.glob("*model*.bin*")):
+                return checkpoint  # without weights in a pickle, which no checkpoint of ours has
         except ValueError:
             pass
         say(f"{checkpoint}: not what was written, so training goes on from before it")
@@ -194,6 +204,16 @@ class EachCheckpoint(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._on_checkpoint(state.global_step)
+
+
+class _Begun(TrainerCallback):
+    """Knows whether a step has begun: before that a checkpoint is read."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.has_begun = True
 
 
 class _LogEnd(TrainerCallback):

@@ -16,9 +16,6 @@ from transformers.utils import logging
 from spinlm.errors import UserError
 from spinlm.players.logprobs import widest_float
 
-IN_THE_BACKWARD_PASS = ("lomo", "layerwise")
-"""In the names of optimisers that have changed the weights before a step's gradient is known."""
-
 _SKIPPED = "skipped_nonfinite"
 
 

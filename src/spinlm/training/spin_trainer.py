@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.training_args import OptimizerNames
 
-from spinlm.config import PromptSection
+from spinlm.config import PromptSection, unskippable
 from spinlm.data.examples import Message
 from spinlm.data.pairs import Pair, by_prompt, drop_identical, group_pairs
 from spinlm.data.render import Renderer, RenderError
@@ -33,7 +34,7 @@ from spinlm.players.logprobs import (
 from spinlm.players.models import switch_off_dropout, without_dropout
 from spinlm.training.checkpoints import Arguments
 from spinlm.training.losses import LOSSES, Objective, PairLogprobs
-from spinlm.training.nonfinite import IN_THE_BACKWARD_PASS, skipped_steps
+from spinlm.training.nonfinite import skipped_steps
 from spinlm.training.passes import PassTrainer
 
 _PAIR_METRICS = (
@@ -84,11 +85,8 @@ class SPINConfig(Arguments):
         for name in ("nll_weight", "history_weight", "skip_nonfinite"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}: {getattr(self, name)} is below 0")
-        if self.skip_nonfinite and (self.deepspeed or any(kind in self.optim for kind in IN_THE_BACKWARD_PASS)):
-            by = "deepspeed" if self.deepspeed else f"optim: {self.optim!s}"
-            raise UserError(
-                f"skip_nonfinite: {by} changes the weights before a step can be skipped: choose one of them"
-            )
+        if self.skip_nonfinite and (reason := unskippable(OptimizerNames(self.optim).value, self.deepspeed)):
+            raise UserError(f"skip_nonfinite: {reason}")
 
     @property
     def objective(self) -> Objective:

@@ -10,7 +10,7 @@ import pytest
 
 from spinlm.config import DataSection
 from spinlm.data.examples import Dropped, Example, Message
-from spinlm.data.formats import examples_of, load_examples
+from spinlm.data.formats import MOST_TURNS, examples_of, load_examples
 from spinlm.data.sources import Row
 from spinlm.errors import UserError
 
@@ -361,3 +361,13 @@ def test_whatever_a_row_holds_it_is_an_example_or_dropped(columns: list[str], tu
         assert example.messages[-1]["content"].strip()
         assert all(message.keys() == {"role", "content"} for message in example.messages)
         assert all(message["role"] in {"system", "user", "assistant"} for message in example.messages)
+
+
+def test_a_conversation_of_a_hundred_thousand_turns() -> None:
+    """Each response would be an example with all before it: as many turns as it has, squared."""
+    turns = [user("a"), assistant("b")] * 50_000
+    examples, dropped = read({"messages": turns}, turns="all")
+    assert [len(example.messages) for example in examples] == list(range(1, MOST_TURNS + 1, 2))
+    assert {one.reason for one in dropped} == {"after more than 256 turns"}
+    assert len(examples) + len(dropped) == 50_000
+    assert len(read({"messages": turns}, turns="last")[0]) == 1

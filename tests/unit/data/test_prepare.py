@@ -180,3 +180,18 @@ class TestRefusals:
     def test_nothing_at_all(self) -> None:
         with pytest.raises(UserError, match=r"^d.jsonl: no example is left: it has no rows$"):
             split()
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate_prompt_left"])
+def test_a_text_of_many_megabytes_is_dropped_unread(overlong: str) -> None:
+    rows = split(
+        example("a", "a" * 50_000_000, "b"),
+        example("b", "a", "b" * 50_000_000),
+        example("c", "c", "d"),
+        overlong=overlong,
+    )
+    assert [row.id for row in rows.train] == ["c"]
+    assert rows.dropped == [
+        Dropped("a", "prompt over data.max_prompt_tokens"),
+        Dropped("b", "response over data.max_length"),
+    ]

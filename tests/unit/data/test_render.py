@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+import tiny
 import tokenizers_zoo as zoo
 from spinlm.config import PromptSection
 from spinlm.data.examples import Message
@@ -389,3 +390,30 @@ def test_the_default_template_has_one_turn(messages: list[Message]) -> None:
 def test_the_renderer_is_imported_without_torch() -> None:
     code = "import sys, spinlm.data.render, spinlm.data.prepare, spinlm.data.pairs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+class TestHostileTemplates:
+    """What a template from elsewhere may try; those without end are in tests/fuzz."""
+
+    @pytest.mark.parametrize(
+        ("template", "words"),
+        [
+            ("{{ 'a' * 10**11 }}", "needs more than 2,000,000,000 bytes"),
+            ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+            ("{{ messages.append(1) }}", "is unsafe"),
+            ("{{ range(10**9) }}", "Range too big"),
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+            ("{{ 1 / 0 }}", "division by zero"),
+            ("{{ '\ud800' }}", "invalid Unicode"),
+        ],
+    )
+    def test_is_refused(self, template: str, words: str) -> None:
+        with pytest.raises(UserError, match=words):
+            Renderer(tiny.build_tokenizer(), PromptSection(chat_template=template))
+
+    def test_what_only_one_conversation_makes_it_do_drops_that(self) -> None:
+        template = tiny.CHATML + "{% if messages[0]['content'] == 'evil' %}{{ '\ud800' }}{{ 1 / 0 }}{% endif %}"
+        renderer = Renderer(tiny.build_tokenizer(), PromptSection(chat_template=template))
+        assert renderer.prompt_ids([{"role": "user", "content": "good"}])
+        with pytest.raises(RenderError, match="division by zero"):
+            renderer.prompt_ids([{"role": "user", "content": "evil"}])

@@ -131,8 +131,7 @@ class TestFiles:
         assert (task.name, task.title, task.metric) == ("one", "one", "acc,none")
 
     def test_a_task_file_is_a_suite_of_one(self, catalogue: Catalogue, tmp_path: Path) -> None:
-        """With lm-eval's own tags in it."""
-        (tmp_path / "mine.yaml").write_text("task: other\ndoc_to_text: !function mine.text\n")
+        (tmp_path / "mine.yaml").write_text("task: other\n")
         name, suite = find_suite(str(tmp_path / "mine.yaml"), catalogue)
         assert (name, [task.name for task in suite.tasks]) == ("mine", ["mine"])
 

@@ -1,0 +1,146 @@
+"""Run directories in which anything has been changed, records that fit the change among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import made_run
+from fuzz.cases import accepted_or_refused, cases
+from integration.command import contents, spinlm
+from spinlm.errors import UserError
+from spinlm.rundir import digest, file_hashes, write_json
+
+COMMANDS = {
+    "status": ("status", "run"),
+    "report": ("report", "run"),
+    "compare": ("report", "run", "whole"),
+    "export": ("export", "run", "out"),
+    "export a number": ("export", "run", "out", "--iteration", "1"),
+    "export sft": ("export", "run", "out", "--iteration", "sft"),
+}
+
+scalars = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8)
+anything = st.recursive(
+    scalars | st.sampled_from(["../../x", "/etc/passwd", "\0", "\ud800", "x" * 300, "", "."]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A run that looks finished and can be exported, and what isn't its own beside it."""
+    place = tmp_path_factory.mktemp("fuzzed")
+    made = made_run.plausible(place / "whole", examples=4, iterations=2, steps=3)
+    for key in ("sft", "iterations/0", "iterations/1", "control"):
+        with made.run.artifact(f"{key}/adapter", "train", {}).staging() as staged:
+            staged.mkdir()
+            (staged / "adapter_config.json").write_text("{}")
+            (staged / "adapter_model.safetensors").write_bytes(b"weights")
+    made.run.point("best", "iterations/1/adapter")
+    made.run.point("latest", "iterations/1/adapter")
+    header = json.loads((made.path / "run.json").read_text())
+    header["recipe"]["model"]["name"] = str(tiny_llama)
+    write_json(made.path / "run.json", header)
+    checkpoint = made.path / "checkpoints/iterations/1/abc/checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "trainer_state.json", {"log_history": [{"step": 1, "loss": 0.5}]})
+    write_json(checkpoint.with_name("checkpoint-2.json"), file_hashes(checkpoint))
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere/thesis.tex").write_text("keep")
+    return place
+
+
+def _change_json(value: Any, draw: st.DrawFn) -> Any:
+    """Something in it, or all of it, is something else now."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 5)):
+        key = draw(st.sampled_from(sorted(value)))
+        if not draw(st.integers(0, 4)):
+            return {name: one for name, one in value.items() if name != key}
+        return {**value, key: _change_json(value[key], draw)}
+    if isinstance(value, list) and value and draw(st.integers(0, 5)):
+        at = draw(st.integers(0, len(value) - 1))
+        return [*value[:at], _change_json(value[at], draw), *value[at + 1 :]]
+    return draw(anything)
+
+
+def _change(path: Path, draw: st.DrawFn) -> None:
+    content = path.read_bytes() if path.is_file() else b""
+    kind = draw(
+        st.sampled_from(["json", "json", "json", "rows", "flip", "cut", "bytes", "gone", "dir", "link", "pipe"])
+    )
+    if kind in ("json", "rows"):
+        try:
+            parts = [content] if kind == "json" else content.splitlines()
+            changed = [json.dumps(_change_json(json.loads(part), draw)).encode() for part in parts]
+            path.write_bytes(b"\n".join(changed) + b"\n")
+            return
+        except (ValueError, RecursionError):
+            kind = "flip"
+    if kind == "flip" and content:
+        at = draw(st.integers(0, len(content) - 1))
+        path.write_bytes(content[:at] + draw(st.binary(min_size=1, max_size=2)) + content[at + 1 :])
+    elif kind == "cut" and content:
+        path.write_bytes(content[: draw(st.integers(0, len(content) - 1))])
+    elif kind in ("bytes", "flip", "cut"):
+        path.write_bytes(draw(st.binary(max_size=30)))
+    else:
+        path.unlink()
+        if kind == "dir":
+            path.mkdir()
+        elif kind == "link":
+            path.symlink_to(
+                draw(st.sampled_from(["/etc/passwd", "../elsewhere", path.name, "nowhere", "run.json", "."]))
+            )
+        elif kind == "pipe":
+            os.mkfifo(path)
+
+
+def _forge(run: Path) -> None:
+    """Let every record fit what is there now, as far as that is possible."""
+    for path in (run / "commits").glob("*.json"):
+        try:
+            record = json.loads(path.read_text())
+            record.pop("record_hash", None)
+            if (run / record["key"]).exists() and not path.is_symlink():
+                record["files"] = file_hashes(run / record["key"])
+                record["hash"] = digest(record["files"])
+            path.write_text(json.dumps(record | {"record_hash": digest(record)}))
+        except (ValueError, TypeError, KeyError, OSError, AttributeError):
+            continue
+
+
+def _spinlm(*arguments: str, cwd: Path) -> None:
+    outcome = spinlm(*arguments, cwd=cwd)
+    (outcome.out + outcome.err).encode()
+    assert "Traceback" not in outcome.out + outcome.err
+    if outcome.code:
+        assert outcome.code == 2, outcome
+        assert outcome.err.count("spinlm: ") == 1, outcome
+        raise UserError(outcome.err)
+
+
+@cases(0.05)
+@given(data=st.data(), command=st.sampled_from(sorted(COMMANDS)), forged=st.booleans(), count=st.integers(1, 3))
+def test_run_directories(whole: Path, data: st.DataObject, command: str, forged: bool, count: int) -> None:
+    run = whole / "run"
+    for name in ("run", "out", "report", "comparison.html"):
+        shutil.rmtree(whole / name, ignore_errors=True)
+        (whole / name).unlink(missing_ok=True)
+    shutil.copytree(whole / "whole", run, symlinks=True)
+    files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file() or path.is_symlink())
+    for name in data.draw(st.lists(st.sampled_from(files), min_size=count, max_size=count, unique=True)):
+        if (run / name).parent.is_dir() and not (run / name).is_dir():
+            _change(run / name, data.draw)
+    if forged and not any(path.is_fifo() for path in run.rglob("*")):
+        _forge(run)
+    accepted_or_refused(f"run directories: {command}", lambda: _spinlm(*COMMANDS[command], cwd=whole))
+    assert contents(whole / "elsewhere") == {"thesis.tex": b"keep"}

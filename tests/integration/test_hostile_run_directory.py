@@ -1,0 +1,188 @@
+"""A run directory that somebody else has made: nothing in it leads out of it, whichever command opens it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import made_run
+from integration.command import contents, refused, spinlm, succeeded
+from spinlm.rundir import digest, read_json
+
+RUN = ("run", "recipe.yaml", "evaluation.control=true")
+READING = (("status", "run"), ("report", "run"), ("export", "run", "out"), ("evaluate", "run", "--suite", "arena"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """What isn't the run's: a directory with a file."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/thesis.tex").write_text("keep")
+    return tmp_path / "elsewhere"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_run.plausible(tmp_path_factory.mktemp("made") / "run", examples=4, iterations=1, steps=3).path
+
+
+@pytest.fixture
+def run(tmp_path: Path, made: Path) -> Path:
+    """A run that looks finished."""
+    shutil.copytree(made, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+LINKS = {
+    "data/train.jsonl": "thesis.tex",
+    "data": "",
+    "iterations/0/adapter": "",
+    "iterations": "",
+    "commits/data.json": "thesis.tex",
+    "commits": "",
+    "evaluation/base/measures.json": "thesis.tex",
+    "run.json": "thesis.tex",
+    "timings.jsonl": "thesis.tex",
+    "report.html": "thesis.tex",
+    "report.md": "thesis.tex",
+    "metrics.jsonl": "thesis.tex",
+    "lock": "thesis.tex",
+    ".run.json": "thesis.tex",
+    ".staging": "",
+    "checkpoints": "",
+    "checkpoints/sft": "",
+    "trackers": "",
+    "benchmarks/verdicts": "",
+    "best": "",
+    "latest": "thesis.tex",
+}
+"""Places in a run directory, and what of another directory a link there leads to."""
+
+
+def _link(place: Path, target: Path | str) -> None:
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(target)
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_out_of_it_is_refused_by_name(run: Path, elsewhere: Path, name: str) -> None:
+    if name == "run.json":
+        (elsewhere / "thesis.tex").write_bytes((run / "run.json").read_bytes())
+    target = elsewhere / LINKS[name]
+    for written in (target, os.path.relpath(target, (run / name).parent)):
+        _link(run / name, written)
+        before, other = contents(run, without=()), contents(elsewhere)
+        for arguments in READING:
+            extra = ("--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m") if "arena" in arguments else ()
+            refused(spinlm(*arguments, *extra, cwd=run.parent), f"run/{name}: a link out of the run directory")
+        assert contents(run, without=()) == before
+        assert contents(elsewhere) == other
+        assert not (run.parent / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["lock", ".staging", "checkpoints", "iterations/0/adapter", "timings.jsonl"])
+@pytest.mark.parametrize("flags", [(), ("--repair",)])
+def test_nothing_is_written_or_removed_through_a_link(
+    copied: Path, elsewhere: Path, name: str, flags: tuple[str, ...]
+) -> None:
+    _link(copied / "runs/recipe" / name, elsewhere / LINKS[name])
+    refused(spinlm(*RUN, *flags, cwd=copied), f"runs/recipe/{name}: a link out of the run directory")
+    assert contents(elsewhere) == {"thesis.tex": b"keep"}
+
+
+@pytest.mark.parametrize("name", ["lock", ".run.json"])
+def test_an_empty_directory_with_a_link_in_it(place: Path, elsewhere: Path, name: str) -> None:
+    _link(place / "runs/recipe" / name, elsewhere / "thesis.tex")
+    refused(spinlm(*RUN, cwd=place), f"runs/recipe/{name}: a link out of the run directory")
+    assert contents(elsewhere) == {"thesis.tex": b"keep"}
+
+
+def test_links_that_stay_in_it_are_followed(run: Path) -> None:
+    (run / "data/train.jsonl").rename(run / "data/rows")
+    _link(run / "data/train.jsonl", "rows")
+    _link(run / "best", "nowhere/yet")
+    succeeded(spinlm("status", "run", cwd=run.parent))
+    (run.parent / "linked").symlink_to(run)
+    succeeded(spinlm("status", "linked", cwd=run.parent))
+
+
+@pytest.mark.parametrize("name", ["lock", "timings.jsonl", "evaluation/base/measures.json", "commits/data.json"])
+def test_a_pipe_keeps_nobody_waiting(run: Path, name: str) -> None:
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    for arguments in READING[:3]:
+        refused(spinlm(*arguments, cwd=run.parent), f"run/{name}: neither a file nor a directory")
+
+
+def _record(run: Path, key: str, name: str) -> None:
+    """A record under a name of its own, whole in every other way."""
+    record = {"key": key, "stage": "train", "inputs": {}, "files": {"thesis.tex": "0" * 64}}
+    record["hash"] = digest(record["files"])
+    (run / "commits" / name).write_text(json.dumps(record | {"record_hash": digest(record)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("../elsewhere", "..--elsewhere.json"),
+        ("iterations/../../elsewhere", "iterations--..--..--elsewhere.json"),
+        ("{elsewhere}", None),
+        ("", ".json"),
+        ("../elsewhere", "innocent.json"),
+    ],
+)
+def test_records_of_what_is_elsewhere(copied: Path, elsewhere: Path, key: str, name: str | None) -> None:
+    run = copied / "runs/recipe"
+    elsewhere = elsewhere.rename(copied / "runs/elsewhere")
+    key = key.format(elsewhere=elsewhere)
+    name = name or key.replace("/", "--") + ".json"
+    before = contents(run, without=())
+    _record(run, key, name)
+    if name.startswith("."):  # one that was being written
+        succeeded(spinlm("status", "runs/recipe", cwd=copied))
+    else:
+        for arguments in (("status", "runs/recipe"), ("report", "runs/recipe")):
+            refused(spinlm(*arguments, cwd=copied), name)
+        if name != "innocent.json":
+            refused(spinlm(*RUN, "--repair", cwd=copied), name)
+        else:
+            succeeded(spinlm(*RUN, "--repair", cwd=copied))
+            assert not (run / "commits" / name).exists()
+    assert contents(elsewhere) == {"thesis.tex": b"keep"}
+    (run / "commits" / name).unlink(missing_ok=True)
+    assert contents(run, without=("report.html",)) | before == before | contents(run, without=("report.html",))
+
+
+def test_a_run_that_was_forked_from_itself(run: Path) -> None:
+    header = read_json(run / "run.json")
+    (run / "run.json").write_text(json.dumps(header | {"forked_from": str(run)}))
+    succeeded(spinlm("status", "run", cwd=run.parent))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: {**header, "forked_from": ["a"]},
+        lambda header: {**header, "versions": "1"},
+        lambda header: {**header, "recipe": []},
+        lambda header: [1, 2],
+        lambda header: "x",
+    ],
+)
+def test_a_header_of_other_things(run: Path, change: Callable[[object], object]) -> None:
+    (run / "run.json").write_text(json.dumps(change(read_json(run / "run.json"))))
+    for arguments in READING[:3]:
+        refused(spinlm(*arguments, cwd=run.parent), "run.json")
+
+
+def test_depth_is_no_way_in(run: Path) -> None:
+    (run / "run.json").write_text("[" * 100_000)
+    refused(spinlm("status", "run", cwd=run.parent), "run.json", "nested too deeply")

@@ -1,0 +1,56 @@
+"""Task files from somebody else: they run nothing, by no way that lm-eval has to run something."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from integration import tasks
+from integration.command import refused, spinlm
+
+
+@pytest.fixture
+def place(finished: Path, tmp_path: Path) -> Path:
+    """A finished run, and tasks beside it; `code.py` would make a file."""
+    shutil.copytree(finished, tmp_path / "place", symlinks=True)
+    folder = tasks.write(tmp_path / "place/tasks")
+    (folder / "code.py").write_text("open('owned', 'w')\ndef text(doc):\n    return 'x'\n")
+    return tmp_path / "place"
+
+
+FUNCTION = "doc_to_text: !function code.text"
+CODE = {
+    "a function": ("pick.yaml", FUNCTION, "pick.yaml: line 14: runs Python (!function)"),
+    "a function that is included": ("pick.yaml", "include: other.yaml", "other.yaml: line 1: runs Python"),
+    "a function deep inside": ("pick.yaml", "metadata: [{a: [!function code.text]}]", "runs Python"),
+    "another tag": ("pick.yaml", "metadata: !!python/name:os.system", "not a task file"),
+    "a metric of its own": ("pick.yaml", "metric_list: [{metric: ./metric}]", "lm-eval has no metric './metric'"),
+    "a metric from the hub": ("pick.yaml", "metric_list: [{metric: acc, hf_evaluate: true}]", "no metric 'acc'"),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_task_file_that_runs_code_is_refused(place: Path, name: str) -> None:
+    file, line, words = CODE[name]
+    path = place / "tasks" / file
+    lines = [old for old in path.read_text().splitlines() if old.partition(":")[0] != line.partition(":")[0]]
+    if line.startswith("metric_list"):
+        lines = [old for old in lines if not old.startswith("  - {metric")]
+    path.write_text("\n".join([*lines, line]) + "\n")
+    (place / "tasks/other.yaml").write_text(FUNCTION + "\n")
+    for suite in ("tasks/pick.yaml", "tasks/mine.yaml"):
+        refused(spinlm("evaluate", "runs/recipe", "--suite", suite, cwd=place), "tasks/", words)
+    assert not list(place.rglob("owned"))
+
+
+def test_a_task_files_templates_are_rendered_in_a_sandbox(place: Path) -> None:
+    path = place / "tasks/say.yaml"
+    escape = "{{ cycler.__init__.__globals__.os.popen('touch owned').read() }}"
+    text = path.read_text().replace('doc_to_text: "{{question}}\\n"', f'doc_to_text: "{escape}"')
+    assert escape in text
+    path.write_text(text)
+    arguments = ("evaluate", "runs/recipe", "--suite", "tasks/say.yaml", "--iterations", "best", "--limit", "2")
+    refused(spinlm(*arguments, cwd=place), "say.yaml", "is unsafe")
+    assert not list(place.rglob("owned"))
