@@ -89,7 +89,8 @@ templates = st.lists(statements(), max_size=4).map("".join) | framed | framed | 
 
 
 def _used(template: str) -> None:
-    renderer = Renderer(tiny.build_tokenizer(), PromptSection(chat_template=template))
+    """As one that comes with a tokenizer."""
+    renderer = Renderer(tiny.build_tokenizer(template), PromptSection())
     split = prepare(EXAMPLES, [], renderer, DataSection(source="d", held_out=1), seed=0)
     assert split.train
     renderer.markers()

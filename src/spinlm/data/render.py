@@ -24,6 +24,10 @@ LONGEST_RENDERING = 5
 MOST_MEMORY = 2_000_000_000
 """Bytes that it may take."""
 
+MOST_AROUND_A_MESSAGE = 1000
+MOST_AROUND_ALL = 100_000
+"""Characters that it may add, so that what is tokenised is in proportion to what is said."""
+
 _PROBE = "spinlm"
 
 
@@ -204,6 +208,9 @@ class Renderer:
             text.encode()
         except UnicodeEncodeError:
             raise RenderError("chat template makes invalid Unicode of it") from None
+        words = sum(len(message["content"]) for message in messages)
+        if len(text) > 4 * words + MOST_AROUND_A_MESSAGE * len(messages) + MOST_AROUND_ALL:
+            raise RenderError("chat template makes a far longer text of it")
         return text
 
     def _tokenize(self, text: str) -> list[int]:

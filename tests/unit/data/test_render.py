@@ -403,6 +403,7 @@ class TestHostileTemplates:
             ("{{ messages.append(1) }}", "is unsafe"),
             ("{{ range(10**9) }}", "Range too big"),
             ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+            ("{{ 'a' * 200000 }}", "a far longer text"),
             ("{{ 1 / 0 }}", "division by zero"),
             ("{{ '\ud800' }}", "invalid Unicode"),
         ],
