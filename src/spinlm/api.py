@@ -106,8 +106,10 @@ class Run:
         link = self.path / name
         if not link.exists():
             raise UserError(f"{link}: not there yet: no iteration is trained")
-        weights = link.resolve()
-        self._run_dir.verify(weights.relative_to(self.path.resolve()).as_posix())
+        weights, run = link.resolve(), self.path.resolve()
+        if not weights.is_relative_to(run):
+            raise UserError(f"{link}: leads out of the run: delete it, and spinlm run makes it anew")
+        self._run_dir.verify(weights.relative_to(run).as_posix())
         return weights
 
 

@@ -22,6 +22,7 @@ from integration.command import (
     succeeded,
     write_recipe,
 )
+from spinlm.errors import UserError
 from spinlm.rundir import CorruptArtifact
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
@@ -119,6 +120,10 @@ def test_nothing_of_it_is_read_from_python(copied: Path) -> None:
         _ = run.latest
     with pytest.raises(CorruptArtifact, match=r"measures\.json: not what was committed"):
         _ = run.evaluations
+    (run.path / "best").unlink()
+    (run.path / "best").symlink_to(copied / "model")
+    with pytest.raises(UserError, match="best: leads out of the run"):
+        _ = run.best
 
 
 @pytest.mark.slow
