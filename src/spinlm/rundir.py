@@ -48,6 +48,9 @@ _OWN_HASH = "own_hash"
 ORIGIN = "origin.json"
 """The file in `data` that says at which commits a model and a dataset were read from the hub."""
 
+TRACKERS = "trackers"
+"""Where trackers write their files, by training."""
+
 _PART = ".part"
 
 
@@ -539,17 +542,20 @@ def reading(path: Path) -> Iterator[None]:
 def _refuse_ways_out(directory: Path) -> None:
     """Refuse a run directory from which a link leads elsewhere, or in which opening something could take for ever.
 
+    What is in `trackers/` is theirs, W&B's links to its own logs among it: nothing of it is opened here.
+
     Raises:
         UserError: With its name.
     """
     root, left = os.path.realpath(directory), [os.fspath(directory)]
+    trackers = os.fspath(directory / TRACKERS)
     while left:
         with suppress(OSError), os.scandir(left.pop()) as entries:  # a run that is going on moves its files
             for entry in entries:
                 if entry.is_symlink():
                     _refuse_way_out(entry.path, root)
                 elif entry.is_dir(follow_symlinks=False):
-                    left.append(entry.path)
+                    left += [] if entry.path == trackers else [entry.path]
                 elif not entry.is_file(follow_symlinks=False):
                     raise UserError(f"{entry.path}: neither a file nor a directory: delete it")
 

@@ -40,6 +40,7 @@ from spinlm.results import Answers, Scores
 from spinlm.rundir import (
     ORIGIN,
     TIMINGS,
+    TRACKERS,
     Artifact,
     Inputs,
     RunDir,
@@ -544,7 +545,7 @@ class Workshop:
     @contextmanager
     def _tracked(self, folder: str) -> Iterator[Path]:
         """Where trackers write their files: in the run directory, where they stay when checkpoints go."""
-        place = self.run.path / "trackers" / folder
+        place = self.run.path / TRACKERS / folder
         before = os.environ.get("TENSORBOARD_LOGGING_DIR")
         os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(place)
         try:
@@ -568,7 +569,7 @@ class Workshop:
 
         place.mkdir(parents=True, exist_ok=True)
         interrupted = [path.name.rpartition("-")[2] for path in sorted(place.glob("wandb/*run-*-*"))]
-        name = f"{self.run.path.name}/{place.relative_to(self.run.path / 'trackers')}"
+        name = f"{self.run.path.name}/{place.relative_to(self.run.path / TRACKERS)}"
         wandb.init(
             dir=os.environ.get("WANDB_DIR", str(place)),
             project=os.environ.get("WANDB_PROJECT", "spinlm"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from integration.command import (
+    SHOWN,
     Outcome,
     Waiting,
     contents,
@@ -27,8 +28,6 @@ RUN = ("run", "recipe.yaml")
 
 LOGGED_AT = {"save_steps": 3, "logging_steps": 3}
 """Iteration 1 takes 6 steps, and logs what 3 of them have in common."""
-
-SHOWN = "spinlm.workshop:Workshop._show_training"
 
 
 @pytest.fixture(scope="module")

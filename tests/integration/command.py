@@ -232,6 +232,8 @@ def flip_a_byte(path: Path) -> None:
 
 
 RECORDED = "spinlm.rundir:write_json"
+SHOWN = "spinlm.workshop:Workshop._show_training"
+"""Called when a step of a training is logged."""
 CHECKPOINTED = "spinlm.training.checkpoints:write_json"
 
 KILLED_IN_EVERY_STAGE = (

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
@@ -16,7 +15,7 @@ import psutil
 import pytest
 
 from integration import tasks
-from integration.command import CHECKPOINTED, KILL_AT, Outcome, refused, spinlm_process, succeeded
+from integration.command import SHOWN, Outcome, refused, spinlm_process, succeeded, waiting_at
 from integration.command import spinlm as command
 from judge_server import JudgeServer, error
 
@@ -123,23 +122,14 @@ def test_a_run_and_all_that_follows(secretive: Path) -> None:
 
 def interrupt_in_training(place: Path) -> dict[str, bytes]:
     """What was said until then, and the arguments of all processes at that time."""
-    where = {"call": CHECKPOINTED, "matching": "iterations/0/.*/checkpoint-3.json", "moment": "wait"}
-    process = subprocess.Popen(
-        [sys.executable, str(KILL_AT), json.dumps([where]), *RUN],
-        cwd=place,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    lines = list(iter(process.stdout.readline, "waiting\n"))
-    running = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    arguments = arguments_of(running)
+    waiting = waiting_at("iteration 0: train 1 3", RUN, place, call=SHOWN)
+    command_itself = psutil.Process(waiting.pid)
+    arguments = arguments_of([command_itself.parent(), command_itself, *command_itself.children(recursive=True)])
     assert any(b"wandb" in words for words in arguments.values())
-    os.kill(int((place / "runs/recipe/lock").read_text().split()[1]), signal.SIGINT)
-    out, err = process.communicate("")
-    return arguments | {"out": "".join(lines).encode() + out.encode(), "err": err.encode()}
+    os.kill(waiting.pid, signal.SIGINT)
+    outcome = waiting.go_on()
+    assert outcome.code == 130
+    return arguments | said(outcome)
 
 
 def test_what_a_judge_repeats(copied: Path) -> None:
@@ -162,20 +152,6 @@ def test_what_a_judge_repeats(copied: Path) -> None:
     assert any(b"Bearer [key]" in content for content in files.values())
     assert any(b"not with [key]" in content for content in files.values())
     assert_none_in(files | said(judged, failed, in_the_url))
-
-
-def test_a_library_that_shows_the_whole_environment(copied: Path) -> None:
-    """Here a benchmark task's own function: what is wrong with it is shown, and no key."""
-    (copied / "shows.py").write_text("import os\n\ndef shows(example):\n    raise RuntimeError(dict(os.environ))\n")
-    tasks.write(copied / "tasks")
-    task = (copied / "tasks/say.yaml").read_text()
-    text = 'doc_to_text: "{{question}}\\n"'
-    assert text in task
-    (copied / "shows.yaml").write_text(task.replace(text, "doc_to_text: !function shows.shows"))
-    shown = command("evaluate", "runs/recipe", "--suite", "shows.yaml", "--limit", "1", cwd=copied)
-    assert shown.code != 0
-    assert "AWS_SECRET_ACCESS_KEY" in shown.out + shown.err
-    assert_none_in(files_of(copied) | said(shown))
 
 
 def test_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,12 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from integration.command import CHECKPOINTED, KILL_AT, after, killed_at, rows, spinlm, succeeded
+from integration.command import CHECKPOINTED, SHOWN, after, killed_at, rows, spinlm, succeeded, waiting_at
 
 NAMES = (
     "loss",
@@ -117,20 +115,10 @@ def test_each_training_has_its_own(place: Path, offline: None) -> None:
 
 
 def test_after_an_interruption(place: Path, offline: None) -> None:
-    """Stopped by Ctrl-C before the checkpoint of step 3 is whole: it goes on from step 2, as the tracker's same run."""
-    where = {"call": CHECKPOINTED, "matching": "iterations/0/.*/checkpoint-3.json", "moment": "wait"}
-    process = subprocess.Popen(
-        [sys.executable, str(KILL_AT), json.dumps([where]), *RUN, BOTH],
-        cwd=place,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert any(line == "waiting\n" for line in process.stdout)
-    os.kill(int((place / "runs/recipe/lock").read_text().split()[1]), signal.SIGINT)
-    out, _ = process.communicate("")
-    assert json.loads(out.splitlines()[-1]) == [130]
+    """Stopped by Ctrl-C in step 2 of 3: it goes on from there, as the tracker's same run."""
+    waiting = waiting_at("iteration 0: train 1 3", (*RUN, BOTH), place, call=SHOWN)
+    os.kill(waiting.pid, signal.SIGINT)
+    assert waiting.go_on().code == 130
     succeeded(spinlm(*RUN, BOTH, cwd=place))
 
     trackers = place / "runs/recipe/trackers/iterations/0"
