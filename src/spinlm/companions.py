@@ -11,8 +11,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -54,6 +55,7 @@ def watching(rank: int, count: int) -> Iterator[None]:
     try:
         yield
     except Interrupted:
+        watch.is_stopping = True
         if gone := watch.look():
             watch.end("failed")
             raise UserError(gone) from None
@@ -93,13 +95,14 @@ class _Watch(threading.Thread):
         self._ended = threading.Event()
         self._found = threading.Event()
         self._gone: str | None = None
+        self.is_stopping = False
 
     def run(self) -> None:
         while not self._ended.wait(BEAT):
             if self.look():
                 self._found.set()
                 if not self._ended.wait(GRACE):
-                    os.write(2, f"spinlm: {self._gone}\n".encode())
+                    interruption.say(str(self._gone))
                     os._exit(2)
                 return
 
@@ -136,6 +139,7 @@ class _Watch(threading.Thread):
     def _say(self, state: State) -> None:
         self._beats += 1
         sign = {"state": state, "beat": self._beats, "pid": os.getpid(), "host": socket.gethostname()}
+        sign["processes"] = _processes()
         self._store.set(_key(self._rank), json.dumps(sign))
 
     def _why_gone(self, other: int) -> str | None:
@@ -149,15 +153,19 @@ class _Watch(threading.Thread):
                 return None
             case "failed":
                 return _sentence(self._known_as(other), "has failed")
-            case "stopped":  # by a signal, which this process may have had too
-                return None if interruption.pending() else _sentence(self._known_as(other), "was stopped")
+            case "stopped":  # by a signal, to this process too or for it too
+                return (
+                    None
+                    if self.is_stopping or interruption.pending()
+                    else _sentence(self._known_as(other), "was stopped")
+                )
         is_silent = now - self._heard[other][1] > SILENCE
         return _sentence(self._known_as(other)) if is_silent or self._is_dead(other) else None
 
     def _is_dead(self, other: int) -> bool:
         """Whether that is seen on this machine, by what it said last."""
         sign, _ = self._heard.get(other, ({}, 0.0))
-        return sign.get("host") == socket.gethostname() and not _is_alive(sign["pid"])
+        return sign.get("processes") == _processes() and not _is_alive(sign["pid"])
 
     def _known_as(self, other: int) -> str:
         sign, _ = self._heard.get(other, ({}, 0.0))
@@ -172,7 +180,16 @@ def _sentence(name: str, what: str = "has died or can't be reached") -> str:
 
 
 def _key(rank: int) -> str:
-    return f"spinlm/companions/{rank}"
+    """Of this start: torchrun's store outlives the one before."""
+    return f"spinlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+
+
+def _processes() -> str:
+    """What tells whose process ids this process can see: those of a machine's start and, in a container, its own."""
+    seen = [socket.gethostname()]
+    with suppress(OSError):
+        seen += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
+    return " ".join(seen)
 
 
 def _is_alive(pid: int) -> bool:

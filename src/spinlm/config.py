@@ -344,7 +344,9 @@ class TrainingSection(TrainerSection):
         for key, loss in (("noise_ratio", "noise_contrastive"), ("history_weight", "triplet")):
             if key in self.model_fields_set and getattr(self, key) != 1.0 and self.loss != loss:
                 raise ValueError(f"{key} is read with loss: {loss} only")
-        if self.skip_nonfinite and (reason := unskippable(self.optim, (self.model_extra or {}).get("deepspeed"))):
+        is_scaled = self.precision == "fp16" and not self.max_grad_norm
+        deepspeed = (self.model_extra or {}).get("deepspeed")
+        if self.skip_nonfinite and (reason := unskippable(self.optim, deepspeed, is_scaled)):
             raise ValueError(f"skip_nonfinite: {reason}")
         if self.loss == "triplet" and self.mixture is not None:
             raise ValueError("mixture: the triplet loss has no opponent's log-probs that could be mixed")
@@ -513,12 +515,18 @@ class Recipe(Section):
         ]
 
 
-def unskippable(optim: str, deepspeed: Any) -> str | None:
-    """Why no step can be skipped once its gradient is known: the weights have been changed by then. None: it can."""
+def unskippable(optim: str, deepspeed: Any, is_scaled: bool) -> str | None:
+    """Why no step can be skipped once its gradient is known. None: it can.
+
+    Args:
+        optim: The optimiser's name.
+        deepspeed: Its configuration, where it is used.
+        is_scaled: Whether the gradient is still scaled then, as float16 needs it.
+    """
     if deepspeed or any(kind in optim.lower() for kind in ("lomo", "layerwise")):
         by = "deepspeed" if deepspeed else f"optim: {optim}"
         return f"{by} changes the weights before a step can be skipped: choose one of them"
-    return None
+    return "with fp16 it needs max_grad_norm above 0, for which the loss scale is taken out" if is_scaled else None
 
 
 def at(schedule: Schedule, iteration: int) -> float:

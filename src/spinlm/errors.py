@@ -80,6 +80,9 @@ class OutOfMemory(UserError):
         return OutOfMemory(*self._parts, estimate)
 
 
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
 def disk_trouble(error: Exception, place: Path | str) -> UserError | None:
     """What to say where a disk is full, failing or closed to us; None where that isn't what is wrong.
 
@@ -89,7 +92,7 @@ def disk_trouble(error: Exception, place: Path | str) -> UserError | None:
     """
     if _is_full(error):
         trouble, remedy = "the disk is full", "make space"
-    elif isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+    elif isinstance(error, OSError) and error.filename and error.errno in _CLOSED:
         trouble, remedy = str(error.strerror), "see to it"
     else:
         return None

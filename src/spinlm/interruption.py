@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM end a run in order: at once, or where that would lose something, as soon as it is saved.
 
-A second signal ends it on the spot. Both are safe, as a crash is: what the first one saves is time.
+A SIGINT after that ends it on the spot; a SIGTERM doesn't, for a launcher and its machine may both send one. All of it
+is safe, as a crash is: what an orderly end saves is time.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -40,6 +41,7 @@ _asked: int | None = None
 """The signal that has come."""
 _deferred = False
 """Whether somebody will look for it."""
+_listening = False
 _owns_process = False
 """Whether a second signal may end the process, not only what runs in it."""
 
@@ -48,22 +50,26 @@ _owns_process = False
 def listening(owns_process: bool = False) -> Iterator[None]:
     """Handle the two signals for a while, in the main thread: no other one may. Within itself it does nothing.
 
+    A signal that was ignored before still is: who started this in the background wants it so.
+
     Args:
-        owns_process: A second signal ends the process; in somebody else's it raises `Interrupted` on the spot.
+        owns_process: A SIGINT after the first signal ends the process; in somebody else's it raises `Interrupted`.
     """
-    global _asked, _owns_process
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is _handle:
+    global _asked, _listening, _owns_process
+    if _listening or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _handle) for number in SIGNALS}
-    _owns_process = owns_process
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    for number in heard:
+        signal.signal(number, _handle)
+    _listening, _owns_process = True, owns_process
     try:
         yield
     finally:
-        _asked = None
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _asked, _listening = None, False
+        for number in heard:
+            signal.signal(number, before[number])
 
 
 @contextmanager
@@ -95,15 +101,25 @@ def check() -> None:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _asked
-    is_second, _asked = _asked is not None, number
-    if is_second and _owns_process:
-        _write("stopped at once by a second signal; the same command goes on from the last shard or checkpoint")
-        os._exit(128 + number)
-    if is_second or not _deferred:
+    if _asked is not None:
+        _handle_another(number)
+        return
+    _asked = number
+    if not _deferred:
         raise Interrupted(number)
-    _write(f"{signal.Signals(number).name}: finishing the step and saving a checkpoint; a second one stops at once")
+    say(f"{signal.Signals(number).name}: finishing the step and saving a checkpoint; Ctrl-C now stops at once")
 
 
-def _write(words: str) -> None:
-    """Past every buffer, which a handler must not touch."""
-    os.write(2, f"spinlm: {words}\n".encode())
+def _handle_another(number: int) -> None:
+    if number != signal.SIGINT:
+        return
+    if not _owns_process:
+        raise Interrupted(number)
+    say("stopped at once by Ctrl-C; the same command goes on from the last shard or checkpoint")
+    os._exit(128 + number)
+
+
+def say(words: str) -> None:
+    """To standard error past every buffer, which a handler must not touch; nobody may be listening any more."""
+    with suppress(OSError):
+        os.write(2, f"spinlm: {words}\n".encode())

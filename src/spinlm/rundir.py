@@ -12,6 +12,7 @@ name with `..` in it and whatever isn't a file are refused before anything is re
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -260,8 +261,8 @@ class RunDir:
         finally:
             if self._holds_lock():
                 shutil.rmtree(self.path / ".staging", ignore_errors=True)
-            self._lock.truncate(0)
-            self._lock.close()
+            with suppress(OSError), self._lock:  # a disk that fails here has said so already
+                self._lock.truncate(0)
             self._lock = None
 
     def _take_lock(self) -> FileIO:
@@ -718,5 +719,8 @@ def flush_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
     finally:
         os.close(descriptor)

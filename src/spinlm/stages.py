@@ -10,6 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from spinlm import interruption
 from spinlm.config import SFTSection, at
 from spinlm.data.pairs import Pair, drop_identical
 from spinlm.errors import UserError
@@ -307,7 +308,7 @@ class Stages(Workshop):
         def answer(model: Any, number: int, pairs: Sequence[Pair]) -> list[Pair]:
             seed, engine = self.recipe.seed, self._transformers_engine(model)
             requests = [Request(p.prompt_ids, request_seed(seed, folder, number, i)) for i, p in enumerate(pairs)]
-            responses = engine.generate(requests, sampling)
+            responses = engine.generate(requests, sampling, lambda *_: interruption.check())
             return [regenerated(pair, response, number) for pair, response in zip(pairs, responses, strict=True)]
 
         def keep(number: int, make: Callable[[], list[Pair]]) -> list[Pair]:

@@ -62,7 +62,7 @@ def test_in_training_the_step_is_finished_and_saved(here: Path, whole: Path, num
     os.kill(waiting.pid, number)
     outcome = waiting.go_on()
     name = signal.Signals(number).name
-    assert f"spinlm: {name}: finishing the step and saving a checkpoint; a second one stops at once" in outcome.err
+    assert f"spinlm: {name}: finishing the step and saving a checkpoint; Ctrl-C now stops at once" in outcome.err
     assert stopped(outcome, code) == (
         f"spinlm: stopped by {name} after step 4, which is saved; the same command goes on from here"
     )
@@ -122,7 +122,7 @@ def test_a_second_signal_ends_it_at_once(here: Path, whole: Path) -> None:
     twice(waiting)
     outcome = waiting.go_on()
     assert stopped(outcome, 130) == (
-        "spinlm: stopped at once by a second signal; the same command goes on from the last shard or checkpoint"
+        "spinlm: stopped at once by Ctrl-C; the same command goes on from the last shard or checkpoint"
     )
     (training,) = (here / "runs/recipe/checkpoints/iterations/1").iterdir()
     assert last_checkpoint(training) is None
@@ -130,10 +130,39 @@ def test_a_second_signal_ends_it_at_once(here: Path, whole: Path) -> None:
     assert differing(whole / "runs/recipe", here / "runs/recipe") == []
 
 
+@pytest.mark.slow
+def test_a_round_of_regeneration_is_let_go_and_the_steps_before_it_are_saved(here: Path, whole: Path) -> None:
+    rounds = ("training.regenerate_every=2", "run_dir=runs/rounds")
+    begins = "spinlm.training.regeneration:RegeneratingTrainer._begin"
+    waiting = waiting_at("^2$", (*RUN, *rounds), here, call=begins)  # of iteration 1, the only one with 6 steps
+    os.kill(waiting.pid, signal.SIGTERM)
+    assert stopped(waiting.go_on(), 143) == "spinlm: stopped by SIGTERM; the same command goes on from here"
+    (training,) = (here / "runs/rounds/checkpoints/iterations/1").iterdir()
+    assert last_checkpoint(training) == training / "checkpoint-4"
+    assert not (here / "runs/rounds/iterations/1/rounds/00002.jsonl").exists()
+    succeeded(spinlm(*RUN, *rounds, cwd=here))
+    succeeded(spinlm(*RUN, *rounds, cwd=whole))
+    assert differing(whole / "runs/rounds", here / "runs/rounds") == []
+
+
+@pytest.mark.slow
+def test_nobody_is_listening(here: Path, whole: Path) -> None:
+    """`spinlm run | tee log` at Ctrl-C: tee goes first, and the step is saved all the same."""
+    command = f"exec {sys.executable} -m spinlm run recipe.yaml training.num_train_epochs=100 training.save_steps=300"
+    process = subprocess.Popen(command, shell=True, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    assert any(b"iteration 0: train step 3/" in line for line in process.stdout)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    (training,) = (here / "runs/recipe/checkpoints/iterations/0").iterdir()
+    assert last_checkpoint(training) is not None
+
+
 def twice(waiting: Waiting) -> None:
     """A second signal only once the first has been answered: signals that wait are one."""
     os.kill(waiting.pid, signal.SIGINT)
-    assert "a second one stops at once" in waiting.next_error_line()
+    assert "Ctrl-C now stops at once" in waiting.next_error_line()
     os.kill(waiting.pid, signal.SIGINT)
 
 

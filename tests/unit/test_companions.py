@@ -30,6 +30,7 @@ try:
             sys.stdin.readline()
             raise RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
         if rank == 0 and behaviour == "its own error":
+            sys.stdin.readline()
             raise RuntimeError("a bug")
         if rank == 0:
             sys.stdin.readline() if behaviour == "done" else threading.Event().wait()
@@ -143,8 +144,8 @@ def test_one_that_is_done_is_not_missed() -> None:
 def test_an_error_of_its_own_stays_what_it_is() -> None:
     two = Two("its own error")
     try:
-        code, err = two.outcome()
-        assert code == 1
+        _, err = two.waiting.communicate("\n", timeout=60)
+        assert two.waiting.returncode == 1
         assert "RuntimeError: a bug" in err
     finally:
         two.end()

@@ -35,7 +35,7 @@ def test_deferred_it_waits_for_who_looks(capfd: pytest.CaptureFixture[str]) -> N
         done.append("never")
     assert done == ["the step"]
     assert capfd.readouterr().err == (
-        "spinlm: SIGTERM: finishing the step and saving a checkpoint; a second one stops at once\n"
+        "spinlm: SIGTERM: finishing the step and saving a checkpoint; Ctrl-C now stops at once\n"
     )
 
 
@@ -45,11 +45,46 @@ def test_an_error_is_not_hidden_by_a_signal_that_waits() -> None:
         raise ValueError("of the step")
 
 
-def test_a_second_signal_ends_it_on_the_spot_in_a_process_that_is_not_ours() -> None:
+@pytest.mark.parametrize("first", interruption.SIGNALS)
+def test_ctrl_c_after_that_ends_it_on_the_spot_in_a_process_that_is_not_ours(first: int) -> None:
     with pytest.raises(Interrupted), interruption.listening(), interruption.deferred():
-        interrupt()
-        interrupt()
+        interrupt(first)
+        interrupt(signal.SIGINT)
         raise AssertionError("went on")
+
+
+def test_a_launcher_and_its_machine_may_both_send_one() -> None:
+    done = []
+    with pytest.raises(Interrupted), interruption.listening(), interruption.deferred():
+        interrupt(signal.SIGTERM)
+        interrupt(signal.SIGTERM)
+        done.append("the step")
+    assert done == ["the step"]
+
+
+def test_what_was_ignored_still_is() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.listening():
+            interrupt(signal.SIGINT)
+            assert interruption.pending() is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_nobody_may_be_listening_to_what_it_says() -> None:
+    out, pipe = os.pipe()
+    os.close(out)
+    stderr = os.dup(2)
+    os.dup2(pipe, 2)
+    try:
+        with pytest.raises(Interrupted), interruption.listening(), interruption.deferred():
+            interrupt()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(pipe)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -104,4 +104,7 @@ class Progress:
 
     def say(self, message: str) -> None:
         if self._speaks:
-            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            try:
+                self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+            except (OSError, SystemExit):  # SystemExit is what rich makes of a pipe that is closed
+                self._speaks = False  # nobody listens any more, which is no reason to stop

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -86,13 +87,12 @@ def train_resumably(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NonFiniteLoss as found:
         raise found.keeping(last_checkpoint(directory)) from None
-    except Exception as error:  # of what was pickled, torch opens numbers and tensors only
-        its_own = (UserError, MemoryError, torch.OutOfMemoryError)
-        if checkpoint is None or begun.has_begun or isinstance(error, its_own):
+    except (UnpicklingError, EOFError, KeyError, ValueError) as error:  # torch unpickles numbers and tensors only
+        if checkpoint is None or begun.has_begun:
             raise
         raise UserError(
             f"{checkpoint}: not a checkpoint that a run writes: {first_line(error)}. Delete it: training begins anew"
-        ) from None
+        ) from error
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     # In one order: a checkpoint gives back its entries sorted.
     return [{name: entry[name] for name in sorted(entry.keys() - set(TIMING))} for entry in history]
@@ -108,12 +108,18 @@ def last_checkpoint(directory: Path, say: Callable[[str], None] = lambda _: None
     for mark in sorted(directory.glob("checkpoint-*.json"), key=step_of, reverse=True):
         checkpoint = mark.with_suffix("")
         try:
-            if marked_hashes(mark) == file_hashes(checkpoint) and not any(checkpoint.glob("*model*.bin*")):
-                return checkpoint  # without weights in a pickle, which no checkpoint of ours has
+            if marked_hashes(mark) == file_hashes(checkpoint) and not _has_pickled_weights(checkpoint):
+                return checkpoint
         except ValueError:
             pass
         say(f"{checkpoint}: not what was written, so training goes on from before it")
     return None
+
+
+def _has_pickled_weights(checkpoint: Path) -> bool:
+    """Whether the Trainer would take weights out of a pickle. FSDP's own, of another name, holds tensors only."""
+    names = ("pytorch_model.bin*", "pytorch_model-*.bin", "adapter_model.bin")
+    return any(any(checkpoint.glob(name)) for name in names)
 
 
 def mark(checkpoint: Path) -> None:

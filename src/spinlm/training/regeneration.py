@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
 from spinlm.data.pairs import Pair
 from spinlm.players.models import without_dropout
 from spinlm.training.spin_trainer import PromptSampler, SPINTrainer
@@ -42,6 +44,7 @@ class RegeneratingTrainer(SPINTrainer):
         self._round = 0
         self._fresh: dict[Hashable, Pair] = {}
         super().__init__(*args, **kwargs)
+        self.add_callback(_SaveEachRound(every))
 
     def as_they_are_now(self, rows: list[Pair]) -> list[Pair]:
         """The rows with this round's responses; those that teach nothing are left out, if not all do."""
@@ -77,6 +80,17 @@ class RegeneratingTrainer(SPINTrainer):
             for place in islice(sampler, within * size, (within + 1) * size):
                 pairs.setdefault(_key(self.train_dataset[place]), self.train_dataset[place])
         return pairs
+
+
+class _SaveEachRound(TrainerCallback):
+    """What comes before the next round's responses, which may take long, isn't lost where they are interrupted."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            control.should_save = True
 
 
 def _key(pair: Pair) -> Hashable:

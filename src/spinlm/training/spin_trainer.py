@@ -85,7 +85,9 @@ class SPINConfig(Arguments):
         for name in ("nll_weight", "history_weight", "skip_nonfinite"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name}: {getattr(self, name)} is below 0")
-        if self.skip_nonfinite and (reason := unskippable(OptimizerNames(self.optim).value, self.deepspeed)):
+        is_scaled = self.fp16 and not self.max_grad_norm
+        optim = OptimizerNames(self.optim).value
+        if self.skip_nonfinite and (reason := unskippable(optim, self.deepspeed, is_scaled)):
             raise UserError(f"skip_nonfinite: {reason}")
 
     @property
