@@ -84,5 +84,9 @@ def test_a_datasets_commit_is_recorded(place: Path, hub: dict[str, str]) -> None
     succeeded(spinlm_process(*arguments, cwd=place, **hub))
     assert RunDir(place / "runs/recipe").origin() == {"model": SECOND, "dataset": DATA}
     elsewhere = (*arguments, "run_dir=runs/another")
-    refused(spinlm_process(*elsewhere, f"data.revision={SECOND}", cwd=place, **hub), f"at {SECOND}", DATA)
+    outcome = spinlm_process(*elsewhere, f"data.revision={SECOND}", cwd=place, **hub)
+    message = outcome.err.splitlines()[-1]  # before it the library says what it does
+    assert (outcome.code, message.startswith("spinlm: data.source: org/rows: ")) == (2, True)
+    assert f"at {SECOND}" in message
+    assert DATA in message
     succeeded(spinlm_process(*elsewhere, f"data.revision={DATA}", cwd=place, **hub))
