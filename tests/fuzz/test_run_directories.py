@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 import made_run
 from fuzz.cases import accepted_or_refused, cases
-from integration.command import contents, spinlm
+from integration.command import contents, spinlm, succeeded
 from spinlm.errors import UserError
-from spinlm.rundir import digest, file_hashes, write_json
+from spinlm.rundir import digest, file_hashes, read_json, sealed, unsealed, write_json
+from spinlm.training.checkpoints import mark
 
 COMMANDS = {
     "status": ("status", "run"),
@@ -47,13 +48,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
             (staged / "adapter_model.safetensors").write_bytes(b"weights")
     made.run.point("best", "iterations/1/adapter")
     made.run.point("latest", "iterations/1/adapter")
-    header = json.loads((made.path / "run.json").read_text())
+    header = unsealed(read_json(made.path / "run.json"))
     header["recipe"]["model"]["name"] = str(tiny_llama)
-    write_json(made.path / "run.json", header)
+    write_json(made.path / "run.json", sealed(header))
     checkpoint = made.path / "checkpoints/iterations/1/abc/checkpoint-2"
     checkpoint.mkdir(parents=True)
     write_json(checkpoint / "trainer_state.json", {"log_history": [{"step": 1, "loss": 0.5}]})
-    write_json(checkpoint.with_name("checkpoint-2.json"), file_hashes(checkpoint))
+    mark(checkpoint)
     (place / "elsewhere").mkdir()
     (place / "elsewhere/thesis.tex").write_text("keep")
     return place
@@ -105,15 +106,17 @@ def _change(path: Path, draw: st.DrawFn) -> None:
 
 
 def _forge(run: Path) -> None:
-    """Let every record fit what is there now, as far as that is possible."""
-    for path in (run / "commits").glob("*.json"):
+    """Let every record, the header and every mark fit what is there now, as far as that is possible."""
+    for path in (run / "run.json", *(run / "commits").glob("*.json"), *run.glob("checkpoints/**/checkpoint-*.json")):
         try:
-            record = json.loads(path.read_text())
-            record.pop("record_hash", None)
-            if (run / record["key"]).exists() and not path.is_symlink():
-                record["files"] = file_hashes(run / record["key"])
-                record["hash"] = digest(record["files"])
-            path.write_text(json.dumps(record | {"record_hash": digest(record)}))
+            content = json.loads(path.read_text())
+            content.pop("own_hash", None)
+            if path.parent.name == "commits" and (run / content["key"]).exists() and not path.is_symlink():
+                content["files"] = file_hashes(run / content["key"])
+                content["hash"] = digest(content["files"])
+            if path.match("checkpoint-*.json"):
+                content = file_hashes(path.with_suffix(""))
+            path.write_text(json.dumps(sealed(content)))
         except (ValueError, TypeError, KeyError, OSError, AttributeError):
             continue
 
@@ -128,14 +131,36 @@ def _spinlm(*arguments: str, cwd: Path) -> None:
         raise UserError(outcome.err)
 
 
-@cases(0.05)
-@given(data=st.data(), command=st.sampled_from(sorted(COMMANDS)), forged=st.booleans(), count=st.integers(1, 3))
-def test_run_directories(whole: Path, data: st.DataObject, command: str, forged: bool, count: int) -> None:
-    run = whole / "run"
+def _copy(whole: Path) -> Path:
+    """The run, to be changed, and nothing of what an earlier command has left."""
     for name in ("run", "out", "report", "comparison.html"):
         shutil.rmtree(whole / name, ignore_errors=True)
         (whole / name).unlink(missing_ok=True)
-    shutil.copytree(whole / "whole", run, symlinks=True)
+    return shutil.copytree(whole / "whole", whole / "run", symlinks=True)
+
+
+@pytest.mark.parametrize("forged", [False, True])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_not_changed_is_accepted(whole: Path, command: str, forged: bool) -> None:
+    run = _copy(whole)
+    if forged:
+        _forge(run)
+    succeeded(spinlm(*COMMANDS[command], cwd=whole))
+
+
+def test_a_forged_change_is_read(whole: Path) -> None:
+    run = _copy(whole)
+    header = read_json(run / "run.json")
+    header["recipe"]["iterations"] = 7
+    (run / "run.json").write_text(json.dumps(header))
+    _forge(run)
+    assert "iteration 6" in succeeded(spinlm("status", "run", cwd=whole)).out
+
+
+@cases(0.05)
+@given(data=st.data(), command=st.sampled_from(sorted(COMMANDS)), forged=st.booleans(), count=st.integers(1, 3))
+def test_run_directories(whole: Path, data: st.DataObject, command: str, forged: bool, count: int) -> None:
+    run = _copy(whole)
     files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file() or path.is_symlink())
     for name in data.draw(st.lists(st.sampled_from(files), min_size=count, max_size=count, unique=True)):
         if (run / name).parent.is_dir() and not (run / name).is_dir():

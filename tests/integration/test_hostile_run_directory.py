@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import made_run
 from integration.command import contents, refused, spinlm, succeeded
-from spinlm.rundir import digest, read_json
+from spinlm.rundir import digest, read_json, sealed, unsealed, write_json
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
 READING = (("status", "run"), ("report", "run"), ("export", "run", "out"), ("evaluate", "run", "--suite", "arena"))
@@ -126,7 +125,7 @@ def _record(run: Path, key: str, name: str) -> None:
     """A record under a name of its own, whole in every other way."""
     record = {"key": key, "stage": "train", "inputs": {}, "files": {"thesis.tex": "0" * 64}}
     record["hash"] = digest(record["files"])
-    (run / "commits" / name).write_text(json.dumps(record | {"record_hash": digest(record)}))
+    (run / "commits" / name).write_text(json.dumps(sealed(record)))
 
 
 @pytest.mark.parametrize(
@@ -162,25 +161,33 @@ def test_records_of_what_is_elsewhere(copied: Path, elsewhere: Path, key: str, n
 
 
 def test_a_run_that_was_forked_from_itself(run: Path) -> None:
-    header = read_json(run / "run.json")
-    (run / "run.json").write_text(json.dumps(header | {"forked_from": str(run)}))
+    header = unsealed(read_json(run / "run.json"))
+    write_json(run / "run.json", sealed(header | {"forked_from": str(run)}))
     succeeded(spinlm("status", "run", cwd=run.parent))
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        lambda header: {**header, "forked_from": ["a"]},
-        lambda header: {**header, "versions": "1"},
-        lambda header: {**header, "recipe": []},
-        lambda header: [1, 2],
-        lambda header: "x",
-    ],
+    ("name", "value"), [("forked_from", ["a"]), ("versions", "1"), ("recipe", []), ("recipe", None)]
 )
-def test_a_header_of_other_things(run: Path, change: Callable[[object], object]) -> None:
-    (run / "run.json").write_text(json.dumps(change(read_json(run / "run.json"))))
+def test_a_header_of_other_things(run: Path, name: str, value: object) -> None:
+    header = unsealed(read_json(run / "run.json"))
+    write_json(run / "run.json", sealed({**header, name: value}))
     for arguments in READING[:3]:
-        refused(spinlm(*arguments, cwd=run.parent), "run.json")
+        refused(spinlm(*arguments, cwd=run.parent), f"run.json: its {name} isn't one")
+
+
+def test_a_header_without_a_recipe(run: Path) -> None:
+    header = unsealed(read_json(run / "run.json"))
+    write_json(run / "run.json", sealed({name: header[name] for name in header if name != "recipe"}))
+    for arguments in READING[:3]:
+        refused(spinlm(*arguments, cwd=run.parent), "run.json: has no recipe")
+
+
+@pytest.mark.parametrize("content", [[1, 2], "x"])
+def test_a_header_that_is_no_object(run: Path, content: object) -> None:
+    (run / "run.json").write_text(json.dumps(content))
+    for arguments in READING[:3]:
+        refused(spinlm(*arguments, cwd=run.parent), "run.json: not what was written")
 
 
 def test_depth_is_no_way_in(run: Path) -> None:

@@ -18,7 +18,8 @@ import torch
 import tiny
 from integration import command
 from integration.command import after, killed_at, refused, spinlm, spinlm_process, succeeded
-from spinlm.rundir import digest, file_hashes, read_json, write_json
+from spinlm.rundir import digest, file_hashes, read_json, sealed, unsealed, write_json
+from spinlm.training.checkpoints import mark
 
 RUN = ("run", "recipe.yaml")
 
@@ -141,11 +142,10 @@ def test_the_way_to_convert_it_works(place: Path, tiny_llama: Path) -> None:
 def _forge(run: Path, key: str) -> None:
     """Make an artifact's record fit what is there now."""
     path = run / "commits" / (key.replace("/", "--") + ".json")
-    record = read_json(path)
-    record.pop("record_hash")
+    record = unsealed(read_json(path))
     record["files"] = file_hashes(run / key)
     record["hash"] = digest(record["files"])
-    write_json(path, record | {"record_hash": digest(record)})
+    write_json(path, sealed(record))
 
 
 def test_an_adapter_in_a_pickle(copied: Path, owned: Path) -> None:
@@ -199,12 +199,11 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> P
 )
 def test_a_pickle_in_a_checkpoint(interrupted: Path, tmp_path: Path, owned: Path, name: str, is_refused: bool) -> None:
     shutil.copytree(interrupted, tmp_path / "place", symlinks=True)
-    (mark,) = (tmp_path / "place").glob("runs/recipe/checkpoints/sft/*/checkpoint-1.json")
-    checkpoint = mark.with_suffix("")
+    (checkpoint,) = (tmp_path / "place").glob("runs/recipe/checkpoints/sft/*/checkpoint-1")
     _put_evil(checkpoint / name, owned)
     if name == "adapter_model.bin":
         (checkpoint / "adapter_model.safetensors").unlink()
-    write_json(mark, file_hashes(checkpoint))
+    mark(checkpoint)
     outcome = spinlm("generate", "recipe.yaml", cwd=tmp_path / "place")
     if is_refused:
         refused(outcome, "checkpoint-1: not a checkpoint that a run writes", "Delete it")
