@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # as the command does, before tqdm i
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What was started in the background has Ctrl-C ignored, and so would have the commands that are tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import tiny
 from integration import command
