@@ -16,11 +16,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# What was started in the background has Ctrl-C ignored, and so would have the commands that are tested.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import tiny
 from integration import command
+
+# What was started in the background has Ctrl-C ignored, and so would have the commands that are tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
