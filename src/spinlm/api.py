@@ -14,7 +14,7 @@ from traceback import clear_frames
 from typing import TYPE_CHECKING
 
 from spinlm import interruption
-from spinlm.config import ModelSection, Recipe
+from spinlm.config import ModelSection, Recipe, refuse_secrets
 from spinlm.errors import OutOfMemory, UserError, writing
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.card import model_card
@@ -146,6 +146,7 @@ def opened(
     repair: bool = False,
 ) -> Iterator[Stages]:
     """A run's stages, its directory locked; see `run` and `Stages`."""
+    refuse_secrets(recipe.model_dump(), where=recipe.run_dir)  # in a recipe that no file has been read for
     from accelerate import PartialState
     from rich.console import Console
 

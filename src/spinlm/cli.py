@@ -372,12 +372,14 @@ def _iteration(stages: Any, stage: str, asked: int | None) -> int:
 
 
 def main() -> None:
-    """Entry point: errors for people go to standard error, without a traceback, with exit code 2."""
+    """Entry point: errors for people go to standard error, with exit code 2, without a traceback unless asked for."""
     _quieten_libraries()
     try:
         with interruption.listening(owns_process=True):
             app()
     except UserError as error:
+        if os.environ.get("SPINLM_TRACEBACK") == "1":
+            _show_traceback(error)
         _fail(str(error))
     except interruption.Interrupted as stop:
         _fail(str(stop), stop.exit_code)
@@ -389,8 +391,12 @@ def main() -> None:
             )
         if trouble := disk_trouble(error, "the disk"):
             _fail(str(trouble))
-        sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+        _show_traceback(error)
         raise SystemExit(1) from None
+
+
+def _show_traceback(error: Exception) -> None:
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
 
 
 def _quieten_libraries() -> None:

@@ -24,9 +24,12 @@ Schedule = float | list[float]
 
 
 class Section(BaseModel):
-    """A part of the recipe. Frozen: a run never changes its own recipe."""
+    """A part of the recipe. Frozen: a run never changes its own recipe.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    An error doesn't repeat what doesn't fit, which may be secret.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     @field_validator("*", mode="after")
     @classmethod
@@ -554,7 +557,7 @@ def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         UserError: With one line for each key that doesn't fit.
     """
-    _refuse_secrets(tree, where)
+    refuse_secrets(tree, where)
     return validated(Recipe, tree, where)
 
 
@@ -562,7 +565,7 @@ _SECRET_KEY = re.compile(r"(api_?key|(^|hub_|hf_|auth_|access_|api_)token|passwo
 _URL_WITH_SECRET = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]*@", re.IGNORECASE)
 
 
-def _refuse_secrets(value: Any, where: str, key: str = "") -> None:
+def refuse_secrets(value: Any, where: str, key: str = "") -> None:
     """A recipe is kept in the run directory and shown in the report.
 
     Raises:
@@ -570,7 +573,7 @@ def _refuse_secrets(value: Any, where: str, key: str = "") -> None:
     """
     if isinstance(value, Mapping | list):
         for name, each in value.items() if isinstance(value, Mapping) else enumerate(value):
-            _refuse_secrets(each, where, f"{key}.{name}" if key else str(name))
+            refuse_secrets(each, where, f"{key}.{name}" if key else str(name))
     elif isinstance(value, str) and (
         (value and _SECRET_KEY.search(key.rpartition(".")[2])) or _URL_WITH_SECRET.match(value)
     ):

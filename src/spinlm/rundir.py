@@ -536,7 +536,8 @@ def reading(path: Path) -> Iterator[None]:
         *_, (frame, line) = traceback.walk_tb(error.__traceback__)
         what = f"{type(error).__name__}: {first_line(error)}, at {Path(frame.f_code.co_filename).name}:{line}"
         raise UserError(
-            f"{path}: holds something that no run writes ({what}). Where nobody has changed it, that is a bug of ours"
+            f"{path}: holds something that no run writes ({what}). Where nobody has changed it, that is a bug of ours: "
+            "SPINLM_TRACEBACK=1 in the environment shows where it comes from"
         ) from error
 
 
@@ -665,11 +666,6 @@ def unsealed(content: Any) -> dict[str, Any]:
     if not said or digest(said) != content.get(_OWN_HASH):
         raise ValueError("its own hash differs")
     return said
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -210,7 +210,7 @@ class Workshop:
     def _transformers_engine(self, model: Any) -> TransformersEngine:
         """It decodes as many responses together as the recipe says, or as still fitted when memory ran out."""
         note = self.run.path / "batch_size" / f"{self.processes.process_index}.json"
-        size = _noted_size(note) if note.exists() else self.recipe.generation.batch_size
+        size = self._noted_size(note) if note.exists() else self.recipe.generation.batch_size
 
         def halved(size: int) -> None:
             # A run that is interrupted here goes on with the same batches.
@@ -218,6 +218,22 @@ class Workshop:
             self.progress.say(f"generation: memory has run out; from here on {size} responses are decoded together")
 
         return TransformersEngine(model, self.renderer, size, halved)
+
+    def _noted_size(self, note: Path) -> int | None:
+        try:
+            size = unsealed(read_json(note)).get("batch_size")
+        except ValueError:
+            size = None
+        if isinstance(size, int) and size > 0:
+            return size
+        if not self._repair:
+            raise UserError(
+                f"{note}: not what was written; spinlm run with --repair removes it, and generation.batch_size holds "
+                "again"
+            )
+        note.unlink()
+        self.progress.say(f"{note}: not what was written, so generation.batch_size holds again")
+        return self.recipe.generation.batch_size
 
     def _scores(
         self,
@@ -507,6 +523,7 @@ class Workshop:
                         Arguments, section, name, self.run.path, learning_rate=1.0, num_train_epochs=1.0
                     )
                     get_reporting_integration_callbacks(args.report_to)
+                    _refuse_sharded_checkpoints(args)
                 except (ValueError, TypeError, ImportError, RuntimeError) as error:
                     raise UserError(f"{name}: transformers' Trainer refuses these settings: {error}") from None
 
@@ -642,11 +659,14 @@ def _check_measure(recipe: Recipe, split: Split) -> None:
         raise UserError(f"{what} needs held-out examples, but data.held_out: {recipe.data.held_out} gives none")
 
 
-def _noted_size(note: Path) -> int:
-    try:
-        return int(unsealed(read_json(note))["batch_size"])
-    except ValueError:
-        raise UserError(f"{note}: not what was written; remove it, and generation.batch_size holds again") from None
+def _refuse_sharded_checkpoints(args: Any) -> None:
+    by_recipe = args.fsdp_config.get("state_dict_type") if isinstance(args.fsdp_config, dict) else None
+    for kind in (by_recipe, os.environ.get("FSDP_STATE_DICT_TYPE")):
+        if kind not in (None, "FULL_STATE_DICT"):
+            raise ValueError(
+                f"FSDP's {kind} checkpoints hold a pickle, which could run code when a run goes on from one: leave "
+                "state_dict_type (FSDP_STATE_DICT_TYPE) out, or set it to FULL_STATE_DICT"
+            )
 
 
 def _telling_groups(examples: Sequence[TokenizedExample], longest_response: int) -> list[Group]:

@@ -11,7 +11,7 @@ import pytest
 
 import made_run
 from integration.command import contents, refused, spinlm, succeeded
-from spinlm.rundir import digest, read_json, sealed, unsealed, write_json
+from spinlm.rundir import RunDir, digest, file_hashes, read_json, sealed, unsealed, write_json
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
 READING = (("status", "run"), ("report", "run"), ("export", "run", "out"), ("evaluate", "run", "--suite", "arena"))
@@ -193,3 +193,24 @@ def test_a_header_that_is_no_object(run: Path, content: object) -> None:
 def test_depth_is_no_way_in(run: Path) -> None:
     (run / "run.json").write_text("[" * 100_000)
     refused(spinlm("status", "run", cwd=run.parent), "run.json", "nested too deeply")
+
+
+def test_what_no_run_writes_is_one_message_and_its_traceback_can_be_had(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDir(run)
+    record = directory.record("evaluation/base/measures.json")
+    write_json(run / "evaluation/base/measures.json", 5)
+    record["files"] = file_hashes(run / "evaluation/base/measures.json")
+    record["hash"] = digest(record["files"])
+    write_json(directory.record_path(record["key"]), sealed(record))
+    commands = (("report", "run"), ("report", "run", "--serve", "--port", "0"))
+    for arguments in commands:
+        refused(spinlm(*arguments, cwd=run.parent), "run: holds something that no run writes", "SPINLM_TRACEBACK=1")
+    monkeypatch.setenv("SPINLM_TRACEBACK", "1")
+    for arguments in commands:
+        outcome = spinlm(*arguments, cwd=run.parent)
+        assert outcome.code == 2
+        assert outcome.err.startswith("Traceback")
+        assert "reporting" in outcome.err
+        assert outcome.err.splitlines()[-1].startswith("spinlm: run: holds something that no run writes")

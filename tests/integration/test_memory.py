@@ -24,6 +24,7 @@ from integration.command import (
     succeeded,
     write_recipe,
 )
+from spinlm.rundir import sealed, write_json
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps RLIMIT_AS")
 
@@ -96,7 +97,19 @@ def test_generation_goes_on_with_half_of_the_batch(roomy: Path) -> None:
     assert contents(run) == before
     forget(run, "iterations/0/synthetic/00001.jsonl")
     flip_a_byte(run / "batch_size/0.json")
-    refused(spinlm("generate", "recipe.yaml", cwd=roomy), "batch_size/0.json: not what was written; remove it")
+    refused(spinlm("generate", "recipe.yaml", cwd=roomy), "batch_size/0.json: not what was written; spinlm run with")
+
+
+@pytest.mark.parametrize("said", [{"size": 2}, {"batch_size": None}, {"batch_size": [2]}, {"batch_size": 0}])
+def test_a_sealed_note_of_another_shape_is_refused_and_repaired(place: Path, said: dict[str, Any]) -> None:
+    settings = ("recipe.yaml", "sft=null", "iterations=1", "evaluation.greedy=false")
+    note = place / "runs/recipe/batch_size/0.json"
+    succeeded(spinlm("generate", *settings, cwd=place))
+    forget(place / "runs/recipe", "iterations/0/synthetic/00001.jsonl")
+    write_json(note, sealed(said))
+    refused(spinlm("generate", *settings, cwd=place), "batch_size/0.json: not what was written", "--repair")
+    assert "so generation.batch_size holds again" in succeeded(spinlm("run", *settings, "--repair", cwd=place)).out
+    assert not note.exists()
 
 
 @pytest.mark.slow

@@ -65,15 +65,16 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     place = tmp_path_factory.mktemp("served")
     MadeRun(place / "run").data([MadeExample("a", "the question")])
     (place / "secret.txt").write_text(CANARY)
-    for name in ("link.txt", "report.html", "metrics.jsonl"):
-        (place / "run" / name).symlink_to(place / "secret.txt")
-    (place / "run/outside").symlink_to(place)
     command = [sys.executable, "-u", "-m", "spinlm", "report", "run", "--serve", "--port", "0", "--host", request.param]
     process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.fullmatch(r"run: http://[^/:]+:(\d+)(/.*) \(Ctrl-C ends it\)\n", line)
     assert found is not None, line
+    # Before it starts, a link out of the run would be refused.
+    for name in ("link.txt", "report.html", "metrics.jsonl"):
+        (place / "run" / name).symlink_to(place / "secret.txt")
+    (place / "run/outside").symlink_to(place)
     served = Served(process, int(found[1]), found[2], place)
     try:
         yield served

@@ -7,17 +7,22 @@ import json
 import os
 import signal
 import subprocess
+import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
 import psutil
 import pytest
+from pydantic import ValidationError
 
 from integration import tasks
 from integration.command import SHOWN, Outcome, refused, spinlm_process, succeeded, waiting_at
 from integration.command import spinlm as command
 from judge_server import JudgeServer, error
+from spinlm.api import run
+from spinlm.config import DataSection, ModelSection, Recipe, TrainingSection
+from spinlm.errors import UserError
 
 KEYS = {
     "SPINLM_JUDGE_KEY": "sk-canary/judge+0123456789=",
@@ -176,6 +181,27 @@ def test_a_secret_in_a_recipe(place: Path) -> None:
         refused(outcome, override.partition("=")[0], "holds a secret")
         assert_none_in(said(outcome))
     assert not (place / "runs").exists()
+
+
+def test_a_secret_in_a_recipe_of_a_program(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    url = f"https://me:{PASSWORD}@example.com/data.jsonl"
+    recipe = Recipe(run_dir="run", model=ModelSection(name="./model"), data=DataSection(source="data.jsonl"))
+    made = Recipe(run_dir="run", model=recipe.model, data=DataSection(source=url))
+    changed = recipe.model_copy(update={"data": made.data})
+    extra = {"deepspeed": {"comet": {"api_key": PASSWORD}}}
+    nested = Recipe(run_dir="run", model=recipe.model, data=recipe.data, training=TrainingSection(**extra))
+    for secretive, key in ((made, "data.source"), (changed, "data.source"), (nested, "comet.api_key")):
+        with pytest.raises(UserError, match=f"{key}: holds a secret") as refusal:
+            run(secretive)
+        assert PASSWORD not in "".join(traceback.format_exception(refusal.value))
+    assert not (place / "run").exists()
+
+
+def test_what_does_not_fit_is_not_repeated() -> None:
+    with pytest.raises(ValidationError) as refusal:
+        DataSection(source=[f"https://me:{PASSWORD}@example.com"])  # type: ignore[arg-type]
+    assert PASSWORD not in str(refusal.value)
 
 
 @pytest.mark.parametrize("before", ["", "x", "xx"])

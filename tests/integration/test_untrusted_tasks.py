@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import lm_eval
 import pytest
 
 from integration import tasks
 from integration.command import refused, spinlm
+from spinlm.errors import UserError
+from spinlm.evaluation.harness import Catalogue
 
 
 @pytest.fixture
@@ -42,6 +47,53 @@ def test_a_task_file_that_runs_code_is_refused(place: Path, name: str) -> None:
     (place / "tasks/other.yaml").write_text(FUNCTION + "\n")
     for suite in ("tasks/pick.yaml", "tasks/mine.yaml"):
         refused(spinlm("evaluate", "runs/recipe", "--suite", suite, cwd=place), "tasks/", words)
+    assert not list(place.rglob("owned"))
+
+
+def _in_utf_16(path: Path) -> None:
+    path.write_bytes(path.read_text().encode("utf-16"))
+
+
+def _deep(path: Path) -> None:
+    path.write_text(path.read_text() + f"metadata: {{x: {'[' * 3000}{']' * 3000}}}\n")
+
+
+def _in_another_encoding(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"# caf\xe9\n")
+
+
+def _with_a_python_tag(path: Path) -> None:
+    path.write_text(path.read_text().replace("!function code.text", "!!python/name:code.text"))
+
+
+def _with_a_tag_of_its_own(path: Path) -> None:
+    path.write_text(f"%TAG !x! !func\n---\n{path.read_text().replace('!function', '!x!tion')}")
+
+
+@pytest.mark.parametrize("hide", [_in_utf_16, _deep, _in_another_encoding, _with_a_python_tag, _with_a_tag_of_its_own])
+@pytest.mark.parametrize("included", [False, True])
+def test_code_that_only_another_reader_would_find(place: Path, hide: Callable[[Path], None], included: bool) -> None:
+    path = place / "tasks/pick.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("doc_to_text")]
+    code = path.with_name("other.yaml") if included else path
+    path.write_text("\n".join([*lines, "include: other.yaml" if included else FUNCTION]) + "\n")
+    if included:
+        code.write_text(FUNCTION + "\n")
+    hide(code)
+    refused(spinlm("evaluate", "runs/recipe", "--suite", "tasks/pick.yaml", cwd=place), "tasks/")
+    with pytest.raises(UserError, match="tasks/"):
+        Catalogue().load(str(path))
+    assert not list(place.rglob("owned"))
+
+
+def test_code_that_is_included_by_a_way_through_lm_evals_own_files(place: Path) -> None:
+    path = place / "tasks/pick.yaml"
+    (place / "tasks/other.yaml").write_text(FUNCTION + "\n")
+    inside = Path(lm_eval.__file__).parent
+    way = inside / os.path.relpath(place.resolve() / "tasks/other.yaml", inside)
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("doc_to_text")]
+    path.write_text("\n".join([*lines, f"include: {way}"]) + "\n")
+    refused(spinlm("evaluate", "runs/recipe", "--suite", "tasks/pick.yaml", cwd=place), "other.yaml: line 1: runs")
     assert not list(place.rglob("owned"))
 
 

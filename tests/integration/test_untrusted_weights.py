@@ -213,6 +213,23 @@ def test_a_pickle_in_a_checkpoint(interrupted: Path, tmp_path: Path, owned: Path
     assert not owned.exists()
 
 
+@pytest.mark.parametrize("key", ["state_dict_type", "fsdp_state_dict_type"])
+def test_checkpoints_that_are_read_by_unpickling_are_refused(place: Path, key: str) -> None:
+    sharded = f"training.fsdp_config={{{key}: SHARDED_STATE_DICT}}"
+    refused(
+        spinlm(*RUN, "training.fsdp=full_shard", sharded, cwd=place),
+        "training: ",
+        "SHARDED_STATE_DICT checkpoints hold a pickle",
+    )
+
+
+def test_checkpoints_that_are_read_by_unpickling_are_refused_by_the_environment(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    refused(spinlm(*RUN, cwd=place), "SHARDED_STATE_DICT checkpoints hold a pickle")
+
+
 CODE = """
 from pathlib import Path
 Path({owned!r}).touch()

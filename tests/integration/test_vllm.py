@@ -247,6 +247,7 @@ def test_an_adapter_that_vllm_cannot_load_is_one_clear_message(
 ) -> None:
     engine, before = VLLMEngine(recipe, "float32", "cpu", renderer_of(players, recipe)), _workers()
     (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_model.safetensors").write_bytes(b"no weights")
     with pytest.raises(UserError, match=r"generation\.engine: vLLM can't load the adapter .*=transformers"):
         engine.seat(Player("broken", tmp_path / "adapter", "broken"))
     assert _workers() == before

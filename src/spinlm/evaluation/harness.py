@@ -31,6 +31,12 @@ TASK_FILES = (".yaml", ".yml")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 """The precision of a recipe's training, in lm-eval's words."""
 
+PYTHON_TAG = "tag:yaml.org,2002:python/"
+"""What YAML tags begin with by which a loader that isn't a safe one makes anything."""
+
+DEEPEST = 100
+"""Collections within collections, in a task file."""
+
 MOST_IN_A_BATCH = 64
 """Where lm-eval itself looks how many requests fit into a GPU's memory."""
 
@@ -396,14 +402,14 @@ def _refuse_code(path: Path) -> None:
     from lm_eval.api.registry import metric_registry
 
     what_to_do = "which isn't done here: export the player, and use lm-eval's own command where that does no harm"
-    left, seen = [path.expanduser().resolve()], set[Path]()
+    left, seen = [path.expanduser()], set[Path]()
     while left:
-        file = left.pop()
+        file = left.pop().resolve()
         if file in seen or file.is_relative_to(Path(lm_eval.__file__).parent):
             continue
         seen.add(file)
         for node in _nodes(file):
-            if node.tag.startswith("!"):
+            if node.tag.startswith(("!", PYTHON_TAG)):
                 raise UserError(f"{file}: line {node.start_mark.line + 1}: runs Python ({node.tag}), {what_to_do}")
         left += [file.parent / included for included in _included(file)]
     for one in _read_task_file(path).get("metric_list") or []:
@@ -415,11 +421,19 @@ def _refuse_code(path: Path) -> None:
 
 
 def _nodes(file: Path) -> Iterator[yaml.Node]:
-    """All of a YAML file's; none where it isn't one, which its reader says."""
+    """All of a YAML file's, by the parser that lm-eval reads it with.
+
+    Raises:
+        UserError: It can't be read so.
+    """
+    from lm_eval.tasks._yaml_loader import _Base
+
     try:
-        left = [yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
-        return
+        content = file.read_bytes()
+        _check_depth(yaml.parse(content, Loader=_Base))
+        left = [yaml.compose(content, Loader=_Base)]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not a task file of lm-eval's: {_reason(error)}") from None
     seen = set[int]()
     while left:
         node = left.pop()
@@ -431,6 +445,15 @@ def _nodes(file: Path) -> Iterator[yaml.Node]:
             left += [part for pair in node.value for part in pair]
         elif isinstance(node, yaml.SequenceNode):
             left += node.value
+
+
+def _check_depth(events: Iterator[yaml.Event]) -> None:
+    """Whoever reads a file that is nested too deeply may come to the end of the stack."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")
 
 
 def _included(file: Path) -> list[str]:

@@ -138,7 +138,7 @@ def _is_suite(path: Path) -> bool:
     """Whether a YAML file has `tasks`; lm-eval's have `task`, and tags of their own that aren't understood here."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return False  # the reader of task files says what is wrong
     keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
     return "tasks" in keys

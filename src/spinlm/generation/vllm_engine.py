@@ -17,6 +17,7 @@ from spinlm.data.render import Renderer
 from spinlm.errors import UserError
 from spinlm.generation.engine import OnProgress, Request, Response, Sampling
 from spinlm.players.models import Player
+from spinlm.players.weights import refuse_pickled_adapter
 
 WORKER = "spinlm.generation.vllm_worker"
 
@@ -73,6 +74,8 @@ class VLLMEngine:
             self._start(model)
         if adapted and self._adapter != path:
             assert self._worker is not None
+            if player.path is not None:
+                refuse_pickled_adapter(player.path)
             self._worker.send(("seat", path))
             self._worker.confirm(f"the adapter {path}")
             self._adapter = path
@@ -102,6 +105,7 @@ class VLLMEngine:
         settings = {
             "model": model,
             "revision": section.revision if model == section.name else None,
+            "load_format": "safetensors",  # a GGUF file isn't served, and a pickle can run code
             "trust_remote_code": section.trust_remote_code,
             "dtype": self._dtype,
             "max_model_len": data.max_prompt_tokens + generation.max_new_tokens,

@@ -24,7 +24,7 @@ from typing import Any
 from spinlm.errors import UserError, first_line
 from spinlm.reporting.escape import plain
 from spinlm.reporting.html import content_security_policy, page
-from spinlm.rundir import RunDir
+from spinlm.rundir import RunDir, reading
 
 LOOPBACK = "127.0.0.1"
 PORT = 8765
@@ -60,7 +60,8 @@ class LatestPage:
             running = self._run.is_running()
             state = self._state_of_the_run(running)
             if state != self._state:
-                self._page = page(self._run, running, served=True).encode()
+                with reading(self._run.path):
+                    self._page = page(self._run, running, served=True).encode()
                 self._state = state
             return self._page
 
