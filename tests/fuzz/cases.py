@@ -21,7 +21,7 @@ SECONDS = 10.0
 MOST_MEMORY = 3_000_000_000
 """Bytes that a case may have more than the process had before it."""
 
-DEFAULT_CASES = 400
+DEFAULT_CASES = 200
 """In all, where `--fuzz-cases` doesn't say otherwise."""
 
 TOTAL = "SPINLM_FUZZ_CASES"
