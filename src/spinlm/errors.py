@@ -80,7 +80,8 @@ class OutOfMemory(UserError):
         return OutOfMemory(*self._parts, estimate)
 
 
-_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_FAILING, _CLOSED = (errno.EROFS, errno.EIO), (errno.EACCES, errno.EPERM)
+"""A write that fails names no file; what is closed to us may be something else, where no file is named."""
 
 
 def disk_trouble(error: Exception, place: Path | str) -> UserError | None:
@@ -92,7 +93,7 @@ def disk_trouble(error: Exception, place: Path | str) -> UserError | None:
     """
     if _is_full(error):
         trouble, remedy = "the disk is full", "make space"
-    elif isinstance(error, OSError) and error.filename and error.errno in _CLOSED:
+    elif isinstance(error, OSError) and (error.errno in _FAILING or (error.filename and error.errno in _CLOSED)):
         trouble, remedy = str(error.strerror), "see to it"
     else:
         return None

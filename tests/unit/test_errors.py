@@ -69,7 +69,13 @@ def test_where_and_what_to_do(error: Exception, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError(), FileNotFoundError(errno.ENOENT, "x"), UserError("No space left on device")]
+    "error",
+    [
+        ValueError(),
+        FileNotFoundError(errno.ENOENT, "x"),
+        PermissionError(errno.EPERM, "of a socket"),
+        UserError("No space left on device"),
+    ],
 )
 def test_anything_else_is_not_meant(error: Exception) -> None:
     assert disk_trouble(error, "run") is None
