@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from integration.command import CHECKPOINTED, SHOWN, after, killed_at, rows, spinlm, succeeded, waiting_at
+from integration.command import (
+    CHECKPOINTED,
+    SHOWN,
+    after,
+    killed_at,
+    rows,
+    spinlm,
+    spinlm_process,
+    succeeded,
+    waiting_at,
+)
 
 NAMES = (
     "loss",
@@ -119,7 +129,7 @@ def test_after_an_interruption(place: Path, offline: None) -> None:
     waiting = waiting_at("iteration 0: train 1 3", (*RUN, BOTH), place, call=SHOWN)
     os.kill(waiting.pid, signal.SIGINT)
     assert waiting.go_on().code == 130
-    succeeded(spinlm(*RUN, BOTH, cwd=place))
+    succeeded(spinlm_process(*RUN, BOTH, cwd=place))
 
     trackers = place / "runs/recipe/trackers/iterations/0"
     assert len(list(trackers.glob("events.out.tfevents.*"))) == 2
