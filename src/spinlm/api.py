@@ -370,7 +370,6 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
 
 def _export(source: Run, name: str, weights: Path, out: Path, merge: bool) -> None:
     """All of it or nothing."""
-    RunDir(source.path).verify(weights.relative_to(source.path.resolve()).as_posix())
     if not weights.is_dir():
         raise UserError(f"{weights}: not a directory with weights, which an iteration's are")
     beside = out.with_name(f".{out.name}.part")
@@ -420,16 +419,18 @@ def _name_the_base(config: Path, base: ModelSection) -> None:
 
 
 def _weights_of(source: Run, player: str) -> tuple[str, Path]:
-    """A player's name and weights."""
+    """A player's name and weights, which are what was committed."""
     if player in ("best", "latest"):
         weights = source.best if player == "best" else source.latest
         return f"iteration-{weights.parent.name}", weights
     names = {str(t): f"iteration-{t}" for t in range(source.recipe.iterations)} | {"sft": "sft", "control": "control"}
-    run, kind = RunDir(source.path.resolve()), source.recipe.weights
+    run, kind = source._run_dir, source.recipe.weights
     trained = {one: name for one, name in names.items() if run.has_record(f"{folder_of(name)}/{kind}")}
     if player not in trained:
         raise UserError(f"{source.path}: has no trained {player!r}; trained are: {', '.join(trained) or 'none'}")
-    return trained[player], run.path / folder_of(trained[player]) / kind
+    key = f"{folder_of(trained[player])}/{kind}"
+    run.verify(key)
+    return trained[player], (run.path / key).resolve()
 
 
 def versions(packages: Sequence[str] = _RECORDED) -> dict[str, str]:
