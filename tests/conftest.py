@@ -47,25 +47,16 @@ def dataset(tmp_path: Path) -> Path:
     return tiny.write_dataset(tmp_path / "data.jsonl")
 
 
-def _place(directory: Path, model: Path) -> Path:
-    """A directory with a model, a dataset and a recipe in it, as somebody would start from."""
-    directory.mkdir(exist_ok=True)
-    shutil.copytree(model, directory / "model")
-    tiny.write_dataset(directory / "data.jsonl", rows=command.ROWS)
-    command.write_recipe(directory / "recipe.yaml")
-    return directory
-
-
 @pytest.fixture
 def place(tmp_path: Path, tiny_llama: Path) -> Path:
     """Where nothing has run yet."""
-    return _place(tmp_path / "place", tiny_llama)
+    return command.new_place(tmp_path / "place", tiny_llama)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """Where the recipe with SFT, two iterations and the control has run to its end; only to be read."""
-    directory = _place(tmp_path_factory.mktemp("finished"), tiny_llama)
+    directory = command.new_place(tmp_path_factory.mktemp("finished"), tiny_llama)
     command.succeeded(command.spinlm_process("run", "recipe.yaml", "evaluation.control=true", cwd=directory))
     return directory
 
@@ -73,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path
 @pytest.fixture(scope="session")
 def finished_full(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """The same in full fine-tuning, without the control; only to be read."""
-    directory = _place(tmp_path_factory.mktemp("finished-full"), tiny_llama)
+    directory = command.new_place(tmp_path_factory.mktemp("finished-full"), tiny_llama)
     command.write_recipe(directory / "recipe.yaml", {"adapter": None})
     command.succeeded(command.spinlm("run", "recipe.yaml", cwd=directory))
     return directory
@@ -99,7 +90,7 @@ def half_finished(copied: Path) -> Path:
 @pytest.fixture(scope="session")
 def resumed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """The run of `finished`, killed in every stage on its way; only to be read."""
-    directory = _place(tmp_path_factory.mktemp("resumed"), tiny_llama)
+    directory = command.new_place(tmp_path_factory.mktemp("resumed"), tiny_llama)
     arguments = ("run", "recipe.yaml", "evaluation.control=true")
     command.killed_at(*command.KILLED_IN_EVERY_STAGE, None, arguments=arguments, cwd=directory)
     return directory
@@ -108,7 +99,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
 @pytest.fixture(scope="session")
 def without_sft(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """Where self-play has started from the base model itself; only to be read."""
-    directory = _place(tmp_path_factory.mktemp("without-sft"), tiny_llama)
+    directory = command.new_place(tmp_path_factory.mktemp("without-sft"), tiny_llama)
     command.write_recipe(directory / "recipe.yaml", {"sft": None, "iterations": 1})
     command.succeeded(command.spinlm("run", "recipe.yaml", cwd=directory))
     return directory

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,8 +140,7 @@ class _Watch(threading.Thread):
     def _say(self, state: State) -> None:
         self._beats += 1
         sign = {"state": state, "beat": self._beats, "pid": os.getpid(), "host": socket.gethostname()}
-        sign["processes"] = _processes()
-        self._store.set(_key(self._rank), json.dumps(sign))
+        self._store.set(_key(self._rank), json.dumps(sign | {"processes": _processes()}))
 
     def _why_gone(self, other: int) -> str | None:
         now = time.monotonic()
@@ -154,11 +154,8 @@ class _Watch(threading.Thread):
             case "failed":
                 return _sentence(self._known_as(other), "has failed")
             case "stopped":  # by a signal, to this process too or for it too
-                return (
-                    None
-                    if self.is_stopping or interruption.pending()
-                    else _sentence(self._known_as(other), "was stopped")
-                )
+                is_meant_too = self.is_stopping or interruption.pending()
+                return None if is_meant_too else _sentence(self._known_as(other), "was stopped")
         is_silent = now - self._heard[other][1] > SILENCE
         return _sentence(self._known_as(other)) if is_silent or self._is_dead(other) else None
 
@@ -184,6 +181,7 @@ def _key(rank: int) -> str:
     return f"spinlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
 
 
+@cache
 def _processes() -> str:
     """What tells whose process ids this process can see: those of a machine's start and, in a container, its own."""
     seen = [socket.gethostname()]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -18,9 +17,8 @@ from typing import Any
 
 import pytest
 
-import tiny
 from faults.starting import LONGEST, ForkServer, play_afresh
-from integration.command import ROWS, differing, rows, write_recipe
+from integration.command import differing, new_place, rows
 from spinlm.rundir import RunDir
 
 RUN = ("run", "recipe.yaml")
@@ -58,11 +56,7 @@ class Baselines:
 
     def fresh(self, place: Path, variant: int) -> Path:
         """A place where nothing has run."""
-        place.mkdir()
-        shutil.copytree(self._model, place / "model")
-        tiny.write_dataset(place / "data.jsonl", rows=ROWS)
-        write_recipe(place / "recipe.yaml", VARIANTS[variant])
-        return place
+        return new_place(place, self._model, VARIANTS[variant])
 
     def __getitem__(self, variant: int) -> Uninterrupted:
         if variant not in self._played:

@@ -16,6 +16,7 @@ from integration.command import (
     Waiting,
     contents,
     differing,
+    new_place,
     rows,
     spinlm,
     succeeded,
@@ -33,10 +34,7 @@ LOGGED_AT = {"save_steps": 3, "logging_steps": 3}
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """Where the run has been left alone."""
-    from conftest import _place
-
-    place = _place(tmp_path_factory.mktemp("whole") / "place", tiny_llama)
-    write_recipe(place / "recipe.yaml", {"training": LOGGED_AT, "sft": LOGGED_AT})
+    place = new_place(tmp_path_factory.mktemp("whole"), tiny_llama, {"training": LOGGED_AT, "sft": LOGGED_AT})
     succeeded(spinlm(*RUN, cwd=place))
     return place
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from integration.command import differing, spinlm_process, succeeded
+from integration.command import TORCHRUN, differing, new_place, spinlm_process, succeeded
 from spinlm.training.checkpoints import last_checkpoint
 
 pytestmark = pytest.mark.slow
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
 RUN = (
     "run",
     "recipe.yaml",
@@ -34,9 +33,7 @@ WITHIN = 60.0
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     """Where the two have been left alone."""
-    from conftest import _place
-
-    place = _place(tmp_path_factory.mktemp("whole") / "place", tiny_llama)
+    place = new_place(tmp_path_factory.mktemp("whole") / "place", tiny_llama)
     succeeded(spinlm_process(*RUN, cwd=place, launcher=TORCHRUN))
     return place
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,12 @@ from unittest import mock
 
 import yaml
 
+import tiny
 from spinlm.cli import main
 from spinlm.rundir import RunDir
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
+"""What starts the command in two processes."""
 
 KILL_AT = Path(__file__).with_name("kill_at.py")
 
@@ -109,6 +114,15 @@ def refused(outcome: Outcome, *words: str) -> str:
     for word in words:
         assert word in outcome.err
     return outcome.err
+
+
+def new_place(directory: Path, model: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """A directory with a model, a dataset and a recipe in it, as somebody would start from."""
+    directory.mkdir(exist_ok=True)
+    shutil.copytree(model, directory / "model")
+    tiny.write_dataset(directory / "data.jsonl", rows=ROWS)
+    write_recipe(directory / "recipe.yaml", changes)
+    return directory
 
 
 def write_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Path:

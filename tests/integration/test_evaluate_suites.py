@@ -22,6 +22,7 @@ import spinlm
 from integration import tasks
 from integration.command import (
     RECORDED,
+    TORCHRUN,
     Outcome,
     after,
     before,
@@ -55,8 +56,7 @@ def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("measured") / "place"
     shutil.copytree(finished, place, symlinks=True)
     tasks.write(place / "tasks")
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
-    succeeded(spinlm_process(*EVALUATE, cwd=place, launcher=launcher))
+    succeeded(spinlm_process(*EVALUATE, cwd=place, launcher=TORCHRUN))
     return place
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from integration.command import (
     CHECKPOINTED,
+    TORCHRUN,
     after,
     differing,
     killed_at,
@@ -83,17 +84,16 @@ def test_skipped_steps_are_told_counted_and_remembered(overflowing: Path) -> Non
 @pytest.mark.slow
 def test_two_processes_skip_the_same_steps(overflowing: Path) -> None:
     """The optimiser's batch is one pair in each process: one has the overflow, both skip."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
     changes = ("training.skip_nonfinite=6", "training.max_grad_norm=0.1")
     succeeded(spinlm(*RUN, *changes, "training.gradient_accumulation_steps=2", "run_dir=runs/one", cwd=overflowing))
-    two = succeeded(spinlm_process(*RUN, *changes, "run_dir=runs/two", cwd=overflowing, launcher=launcher))
+    two = succeeded(spinlm_process(*RUN, *changes, "run_dir=runs/two", cwd=overflowing, launcher=TORCHRUN))
     one, other = (
         [row["skipped_nonfinite"] for row in rows(overflowing / f"runs/{name}/iterations/0/training.jsonl")[1:]]
         for name in ("one", "two")
     )
     assert one == other and one[-1] > 0
     assert two.out.count(" skipped (") == one[-1]
-    stopped = spinlm_process(*RUN, "run_dir=runs/stopped", cwd=overflowing, launcher=launcher)
+    stopped = spinlm_process(*RUN, "run_dir=runs/stopped", cwd=overflowing, launcher=TORCHRUN)
     assert (
         stopped.code != 0 and "training stopped at step" in stopped.err and "the pairs in question: data" in stopped.err
     )

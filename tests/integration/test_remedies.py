@@ -13,6 +13,7 @@ import pytest
 from integration.command import (
     CHECKPOINTED,
     RECORDED,
+    TORCHRUN,
     after,
     before,
     contents,
@@ -259,8 +260,7 @@ class TestStop:
 
 @pytest.mark.slow
 def test_regeneration_in_several_processes_is_refused(place: Path) -> None:
-    two = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
-    outcome = spinlm_process("run", "recipe.yaml", "training.regenerate_every=2", cwd=place, launcher=two)
+    outcome = spinlm_process("run", "recipe.yaml", "training.regenerate_every=2", cwd=place, launcher=TORCHRUN)
     assert outcome.code != 0
     assert "spinlm: training.regenerate_every: works in one process, and this run has 2" in outcome.err
 

@@ -9,12 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integration.command import differing, rows, spinlm, spinlm_process, succeeded
+from integration.command import TORCHRUN, differing, rows, spinlm, spinlm_process, succeeded
 
 SGD = ("training.optim=sgd", "training.learning_rate=1.0", "sft.optim=sgd", "sft.learning_rate=1.0")
 """Where a weight's change is proportional to its gradient: Adam's first steps would hide an error in its scale."""
-
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "spinlm")
 
 
 def _same_log(one: Path, other: Path) -> None:
