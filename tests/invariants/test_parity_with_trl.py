@@ -170,8 +170,8 @@ def test_each_pair_alone_has_the_rewards_of_dpo(tmp_path: Path) -> None:
         with torch.no_grad(), scoring(ours.model, ours.method):
             ours.compute_loss(ours.model, ours.lay_out([pair]))
             theirs.compute_loss(theirs.model, theirs.data_collator([row]))
-        metrics = ours._take_metrics("train" if ours.model.training else "eval")
-        their_metrics = theirs._metrics["train" if theirs.model.training else "eval"]
+        ours.end_step(taken=True)
+        metrics, their_metrics = ours._take_metrics("train"), theirs._metrics["train"]
         for name, theirs_name in {
             "logprob_real": "logps/chosen",
             "logprob_synthetic": "logps/rejected",

@@ -15,6 +15,7 @@ FILES = sorted(Path(spinlm.__file__).parent.rglob("*.py"))
 CALLS = {"eval", "exec", "__import__", "os.system", "os.popen", "os.execv", "yaml.unsafe_load", "yaml.full_load"}
 BUILTIN_CALLS = {"compile"}
 MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "pty", "code"}
+HARMLESS = {"pickle.UnpicklingError"}  # that torch refused a file
 
 
 def _name(node: ast.expr) -> str:
@@ -27,7 +28,8 @@ def forbidden(source: str) -> Iterator[str]:
     """What is in a module's source and shouldn't be."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+            within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names = {f"{within}{one.name}" for one in node.names} - HARMLESS
             yield from (name for name in names if name.partition(".")[0] in MODULES)
         if not isinstance(node, ast.Call):
             continue
