@@ -62,7 +62,7 @@ class TestShowing:
         assert empty_plots(page) == []
         assert page.evaluate("document.documentElement.scrollWidth") == width
 
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
     def test_accessible(self, visit: Open, report: Path, scheme: str) -> None:
         assert violations(visit(report, "drawn", color_scheme=scheme).page) == []
 
@@ -651,6 +651,7 @@ class TestPacked:
         assert page.locator(".plot svg").count() == page.locator(".plot").count()
 
 
+@pytest.mark.slow
 def test_screenshots(chromium: Any, report: Path, tmp_path: Path) -> None:
     sizes = {}
     for path in take(chromium, report, tmp_path / "images"):

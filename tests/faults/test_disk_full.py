@@ -42,14 +42,17 @@ def starts(disk: Path, place: Path) -> Iterator[Starts]:
         yield starts
 
 
-def test_at_a_write_of_each_kind(starts: Starts, place: Path, finished: Path) -> None:
-    fill_at_each(starts, SOME, place)
+@pytest.mark.parametrize(
+    "sites", [pytest.param(SOME[:3], id="some"), pytest.param(SOME[3:], id="others", marks=pytest.mark.slow)]
+)
+def test_at_a_write_of_each_kind(starts: Starts, place: Path, finished: Path, sites: Sequence[Site]) -> None:
+    fill_at_each(starts, sites, place)
     assert differing(finished / "runs/recipe", place / "runs/recipe") == []
 
 
 @pytest.mark.slow
 def test_at_every_write(starts: Starts, place: Path, finished: Path) -> None:
-    """Of every kind of call at every kind of place: about 150 of them, each found in the log of a whole run."""
+    """Of every kind of call at every kind of place: about 250 of them, each found in the log of a whole run."""
     succeeded(starts(*RUN))
     sites = dict.fromkeys((call.kind, pattern_of(call.place)) for call in starts.calls() if call.kind != "unlink")
     assert len(sites) > 100
@@ -61,7 +64,7 @@ def test_at_every_write(starts: Starts, place: Path, finished: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sites"),
     [
-        (
+        pytest.param(
             ("export", "runs/recipe", "out"),
             [
                 ("mkdir", ".out.part"),
@@ -71,6 +74,7 @@ def test_at_every_write(starts: Starts, place: Path, finished: Path) -> None:
                 ("write", ".out.part/README.md"),
                 ("rename", ".out.part"),
             ],
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             ("export", "runs/recipe", "out", "--merge"),

@@ -75,6 +75,7 @@ def test_a_checkpoint_before_its_mark_and_that_before_the_last_one_goes(recorded
         assert Call("fsync", _parent(checkpoint)) in after[:removed]
 
 
+@pytest.mark.slow
 def test_a_record_is_gone_from_the_disk_before_what_it_is_of(disk: Path, copied: Path, finished: Path) -> None:
     (copied / "runs/recipe/layout.json").write_text("{}")
     with Starts(disk, copied) as starts:
@@ -85,9 +86,8 @@ def test_a_record_is_gone_from_the_disk_before_what_it_is_of(disk: Path, copied:
     assert differing(finished / "runs/recipe", copied / "runs/recipe") == []
 
 
-@pytest.mark.parametrize(
-    "times", [pytest.param((0,), id="equal", marks=pytest.mark.slow), pytest.param((1, 4_000_000_000), id="far-off")]
-)
+@pytest.mark.parametrize("times", [pytest.param((0,), id="equal"), pytest.param((1, 4_000_000_000), id="far-off")])
+@pytest.mark.slow
 def test_nothing_depends_on_the_times_of_files(
     disk: Path, half_finished: Path, finished: Path, times: Sequence[int]
 ) -> None:

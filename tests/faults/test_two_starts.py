@@ -62,6 +62,7 @@ def test_whoever_begins_has_it_alone(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_at_once_of_a_new_run_and_of_one_that_is_there(place: Path, finished: Path) -> None:
     with Starts(None, place) as starts:
         for _ in range(2):

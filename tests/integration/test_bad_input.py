@@ -190,6 +190,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk(place: Path, finished: Path, small_disk: Path) -> None:
     """Whatever is being written when it is full; each time some space is made, the same command goes on."""
     command = (*RUN, "evaluation.control=true", f"run_dir={small_disk}/recipe")

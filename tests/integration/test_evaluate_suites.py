@@ -169,6 +169,7 @@ def _fill_vocabulary(folder: Path) -> None:
 
 
 class TestEachTaskOnce:
+    @pytest.mark.slow
     def test_goes_on_where_it_was_killed(self, measured: Path, finished: Path, tmp_path: Path) -> None:
         """And ends with the bytes of the two processes that were left alone."""
         place = tmp_path / "place"

@@ -171,6 +171,7 @@ class TestKeepBest:
             assert not {"candidates", "choosing"} & {path.name for path in (run / f"iterations/{t}").iterdir()}
         assert not any("candidates" in name or "choosing" in name for name in contents(run))
 
+    @pytest.mark.slow
     def test_where_the_last_is_best_it_is_the_same_as_keeping_the_last(self, place: Path) -> None:
         changes = {"iterations": 1, "training": {"learning_rate": 1e-3}}
         best, last = _run(place, "best", keep="best", **changes), _run(place, "last", **changes)
@@ -239,6 +240,7 @@ class TestStop:
         assert contents(run, without=()) == kept
         succeeded(spinlm("generate", "recipe.yaml", "--iteration", "2", cwd=place))
 
+    @pytest.mark.slow
     def test_after_the_last_iteration_there_is_nothing_to_stop(self, place: Path) -> None:
         run = _run(place, "last", training={"learning_rate": 0.3}, stop={"patience": 2})
         assert not (run / "stopped.json").exists()

@@ -28,6 +28,7 @@ def test_killed_in_every_stage(finished: Path, resumed: Path) -> None:
     assert differing(finished / "runs/recipe", resumed / "runs/recipe") == []
 
 
+@pytest.mark.slow
 def test_full_fine_tuning(finished_full: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     shutil.copytree(finished_full, place, ignore=shutil.ignore_patterns("runs"))

@@ -99,9 +99,9 @@ def go(two: Two, behaviour: str) -> None:
     [
         ("killed", "has died or can't be reached"),
         ("frozen", "has died or can't be reached"),
-        ("a lost connection", "has died or can't be reached"),
-        ("stopped", "was stopped"),
-        ("failed", "has failed"),
+        pytest.param("a lost connection", "has died or can't be reached", marks=pytest.mark.slow),
+        pytest.param("stopped", "was stopped", marks=pytest.mark.slow),
+        pytest.param("failed", "has failed", marks=pytest.mark.slow),
     ],
 )
 def test_the_other_one_is_named(behaviour: str, what: str) -> None:

@@ -130,15 +130,15 @@ def test_a_tally_counts_what_is_there_and_the_products() -> None:
     "changes",
     [
         pytest.param({}, id="adapter"),
-        pytest.param({"adapter": None}, id="full"),
+        pytest.param({"adapter": None}, id="full", marks=pytest.mark.slow),
         pytest.param({"adapter": None, "training": {"optim": "rmsprop"}}, id="rmsprop", marks=pytest.mark.slow),
         pytest.param({"tokens_per_pass": 200}, id="several-passes", marks=pytest.mark.slow),
         pytest.param({"adapter": None, "tokens_per_pass": 200}, id="full-several-passes", marks=pytest.mark.slow),
         pytest.param({"training": {"gradient_checkpointing": True}}, id="checkpointed"),
-        pytest.param({"adapter": None, "training": {"bf16": True}}, id="full-bf16"),
+        pytest.param({"adapter": None, "training": {"bf16": True}}, id="full-bf16", marks=pytest.mark.slow),
         pytest.param({"training": {"bf16": True}}, id="adapter-bf16", marks=pytest.mark.slow),
         pytest.param({"layout": "packed"}, id="packed", marks=pytest.mark.slow),
-        pytest.param({"layout": "plain"}, id="plain"),
+        pytest.param({"layout": "plain"}, id="plain", marks=pytest.mark.slow),
     ],
 )
 def test_training_memory_is_what_a_real_step_takes(changes: dict[str, Any], small: Path, tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_scoring_memory_is_what_a_real_pass_takes(small: Path, tmp_path: Path) -
     assert parts["activations and temporaries"] == pytest.approx(tally.peak, rel=0.15)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neo", "mamba"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neo", pytest.param("mamba", marks=pytest.mark.slow)])
 def test_generation_memory_is_what_the_engine_takes(family: str, tmp_path: Path) -> None:
     """Eleven prompts of some 50 tokens: more in all than the models take, and longer than Gemma's window."""
     recipe = _recipe(
@@ -272,6 +272,7 @@ def test_the_extent_of_a_pass() -> None:
     assert (plain.tokens, plain.responses, plain.couples) == (8, 3, 2 * 4 * 4)
 
 
+@pytest.mark.slow
 def test_twice_the_pairs_are_twice_the_work_and_time(small: Path, tmp_path: Path) -> None:
     once, twice = (
         plan(_recipe(small, _dataset(tmp_path / f"{rows}.jsonl", rows=rows, response=60)), gpu="H100")
@@ -291,6 +292,7 @@ def test_processes_share_the_work(small: Path, tmp_path: Path) -> None:
     assert _stage(four, "iteration 0: train").seconds == pytest.approx(_stage(one, "iteration 0: train").seconds / 4)
 
 
+@pytest.mark.slow
 def test_4_bit_weights_by_arithmetic(small: Path, tmp_path: Path) -> None:
     data = _dataset(tmp_path / "data.jsonl")
     whole = plan(_recipe(small, data), gpu="H100")

@@ -172,7 +172,7 @@ class TestOfItself:
             assert "</script" not in script.lower()
             assert "<!--" not in script
 
-    @pytest.mark.parametrize("greedy", [False, True])
+    @pytest.mark.parametrize("greedy", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_a_thousand_examples_stay_under_5_mb(self, tmp_path: Path, greedy: bool) -> None:
         """Six players with responses of 600 characters that have nothing in common, and pack worse than English."""
         draw = random.Random(0)
@@ -194,6 +194,7 @@ class TestOfItself:
         if found:
             assert int(found[1]) > 600
 
+    @pytest.mark.slow
     def test_emoji_are_counted_in_bytes(self, tmp_path: Path) -> None:
         """Few examples, whose characters are four bytes each and can't be packed: more than 5 MB in all."""
         draw = random.Random(0)

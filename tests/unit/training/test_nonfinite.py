@@ -218,7 +218,9 @@ def test_one_more_than_may_be_skipped_stops(tmp_path: Path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("interrupted_after", [2, 3, 4])
+@pytest.mark.parametrize(
+    "interrupted_after", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_training_goes_on_counting(interrupted_after: int, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "skip_nonfinite": 2}
     whole = _poisoned(tmp_path / "whole", 3, 5, **settings)
