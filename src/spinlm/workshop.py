@@ -588,7 +588,7 @@ class Workshop:
         interrupted = [path.name.rpartition("-")[2] for path in sorted(place.glob("wandb/*run-*-*"))]
         name = f"{self.run.path.name}/{place.relative_to(self.run.path / TRACKERS)}"
         wandb.init(
-            dir=os.environ.get("WANDB_DIR", str(place)),
+            dir=os.environ.get("WANDB_DIR", str(place.absolute())),  # its service may have begun elsewhere
             project=os.environ.get("WANDB_PROJECT", "spinlm"),
             group=os.environ.get("WANDB_RUN_GROUP", self.run.path.name),
             name=os.environ.get("WANDB_NAME", name),

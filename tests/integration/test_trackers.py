@@ -18,7 +18,6 @@ from integration.command import (
     killed_at,
     rows,
     spinlm,
-    spinlm_process,
     succeeded,
     waiting_at,
 )
@@ -129,7 +128,7 @@ def test_after_an_interruption(place: Path, offline: None) -> None:
     waiting = waiting_at("iteration 0: train 1 3", (*RUN, BOTH), place, call=SHOWN)
     os.kill(waiting.pid, signal.SIGINT)
     assert waiting.go_on().code == 130
-    succeeded(spinlm_process(*RUN, BOTH, cwd=place))
+    succeeded(spinlm(*RUN, BOTH, cwd=place))
 
     trackers = place / "runs/recipe/trackers/iterations/0"
     assert len(list(trackers.glob("events.out.tfevents.*"))) == 2
