@@ -203,6 +203,7 @@ class Workshop:
                 str(self.players.compute_dtype).removeprefix("torch."),
                 self.players.device.type,
                 self.renderer,
+                self.players.revision,
             )
         self._vllm.seat(player)
         return self._vllm
