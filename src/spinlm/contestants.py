@@ -73,7 +73,7 @@ class QuestionSet:
             example.id: (Message(role="user", content=example.prompt),) for example in examples
         }
         if not all(_renders_to(stages.renderer, conversations[e.id], e.prompt_ids) for e in examples):
-            whole = {example.id: example.messages for example in load_examples(stages.recipe.data)[0]}
+            whole = {example.id: example.messages for example in load_examples(stages.dataset)[0]}
             conversations = {id: whole[id] for id in conversations}  # with system prompts and earlier turns
         return cls("held-out", [Question(id, messages) for id, messages in conversations.items()], held_out=True)
 

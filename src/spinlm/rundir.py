@@ -442,7 +442,7 @@ class RunDir:
         """The commits on the hub that the model and the dataset were read at, as far as they are from there."""
         if not self.has_record("data") or ORIGIN not in self.record("data")["files"]:
             return {}
-        return {what: commit for what, commit in self.committed_json("data", ORIGIN).items() if commit}
+        return {what: commit for what, commit in self.committed_json("data", ORIGIN).items() if isinstance(commit, str)}
 
     def recorded_input(self, name: str) -> Any:
         """What some artifact was made from, by the first record that names it; None where none does."""

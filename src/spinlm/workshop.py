@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import chain, cycle, islice
@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
 from spinlm import interruption
-from spinlm.config import Recipe, SFTSection, TrainingSection
+from spinlm.config import DataSection, Recipe, SFTSection, TrainingSection
 from spinlm.data.examples import Dropped
 from spinlm.data.formats import load_examples
 from spinlm.data.pairs import Group
@@ -42,9 +42,11 @@ from spinlm.rundir import (
     TIMINGS,
     TRACKERS,
     Artifact,
+    CorruptArtifact,
     Inputs,
     RunDir,
     add_to_log,
+    canonical,
     digest,
     file_hashes,
     make_directory,
@@ -88,7 +90,8 @@ class Workshop:
         self.processes = PartialState()
         self.page = LivePage(run, progress.say, writes=self.processes.is_main_process)
         self._precision = recipe.training.precision
-        self.players = Players(recipe.model, recipe.adapter, self._precision)
+        commit = self._recorded_commit("model", "model")
+        self.players = Players(recipe.model, recipe.adapter, self._precision, commit)
         self._chosen_method: Method | None = None
         self._vllm: VLLMEngine | None = None
         self._check_trainer_settings()
@@ -114,12 +117,14 @@ class Workshop:
         artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
         check_context(self.recipe, context_length(self.players.config))
         if self.processes.is_main_process and self._needs_making(artifact):
-            split = prepare_data(self.recipe, self.players, self.renderer)
+            dataset = self.dataset
+            recipe = self.recipe.model_copy(update={"data": dataset})
+            split = prepare_data(recipe, self.players, self.renderer)
             with self.timed("data"), artifact.staging() as place:
                 place.mkdir()
                 for part in ("train", "held_out", "dropped"):
                     write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
-                origin = {"model": self.players.commit, "dataset": commit_of(self.recipe.data)}
+                origin = {"model": self.players.commit, "dataset": commit_of(dataset)}
                 if any(origin.values()):
                     write_json(place / ORIGIN, origin)
         self.processes.wait_for_everyone()
@@ -132,6 +137,22 @@ class Workshop:
         self._say_data(split)
         self._data_hash = artifact.hash
         return split
+
+    @property
+    def dataset(self) -> DataSection:
+        """The recipe's, at the commit on the hub that it has been read at, where it has."""
+        commit = self._recorded_commit("data", "dataset")
+        return self.recipe.data.model_copy(update={"revision": commit}) if commit else self.recipe.data
+
+    def _recorded_commit(self, section: str, what: str) -> str | None:
+        """Of this run's model or dataset, or of the forked run's, where this section of the recipe was the same."""
+        run = self.run if self.run.has_record("data") else self.run.forked_from
+        if run is None or not run.has_record("data"):
+            return None
+        with suppress(CorruptArtifact):  # which is said when the data is asked for
+            if run.record("data")["inputs"].get(section) == canonical(self._inputs(section)[section]):
+                return run.origin().get(what)
+        return None
 
     @property
     def played(self) -> list[TokenizedExample]:

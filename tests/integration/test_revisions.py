@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 import tiny
 from integration import command
-from integration.command import refused, spinlm, succeeded
+from integration.command import contents, forget, refused, spinlm, succeeded
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.data import sources
 from spinlm.players.models import Players
@@ -36,7 +36,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def dataset_on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def dataset_on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As the datasets library leaves one that it has read at a commit."""
     from datasets import load_dataset
 
@@ -53,9 +53,12 @@ def dataset_on_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (place / "dataset_info.json").write_text(json.dumps(info))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     sources._hub_dataset.cache_clear()
+    return place
 
 
-GENERATE = ("generate", "recipe.yaml", "sft=null", "model.name=org/model")
+CHANGES = ("sft=null", "model.name=org/model", "iterations=1", "data.held_out=0", "training.max_steps=1")
+GENERATE = ("generate", "recipe.yaml", *CHANGES)
+FORK = ("run", "recipe.yaml", *CHANGES, "seed=1", "--fork")
 
 
 def test_a_model_stays_what_it_was_when_its_branch_moves(hub: Path) -> None:
@@ -86,10 +89,28 @@ def test_a_models_commit_is_recorded(place: Path) -> None:
     assert FIRST in (place / "runs/tag/report.html").read_text()
 
 
-def test_a_branch_that_has_moved_is_another_model(place: Path, hub: Path) -> None:
+@pytest.mark.parametrize("named", [(), ("model.revision=main",)])
+def test_a_run_goes_on_with_its_commit_when_the_branch_has_moved(
+    place: Path, hub: Path, named: tuple[str, ...]
+) -> None:
+    succeeded(spinlm(*GENERATE, *named, cwd=place))
+    run = place / "runs/recipe"
+    before = contents(run)
+    forget(run, "iterations/0/synthetic/00001")
+    (hub / "main").write_text(FIRST)
+    succeeded(spinlm(*GENERATE, *named, cwd=place))
+    assert contents(run) == before
+    shutil.rmtree(hub.parent / "snapshots" / SECOND)
+    refused(spinlm(*GENERATE, *named, cwd=place), f"org/model at {SECOND} can't be loaded")
+
+
+def test_a_fork_goes_on_with_the_commit_too_unless_it_names_another(place: Path, hub: Path) -> None:
     succeeded(spinlm(*GENERATE, cwd=place))
     (hub / "main").write_text(FIRST)
-    refused(spinlm(*GENERATE, "--iteration", "0", cwd=place), "was made from something else")
+    succeeded(spinlm(*FORK, "runs/fork", cwd=place))
+    assert RunDir(place / "runs/fork").origin() == {"model": SECOND}
+    succeeded(spinlm(*FORK, "runs/another", "model.revision=main", cwd=place))
+    assert RunDir(place / "runs/another").origin() == {"model": FIRST}
 
 
 @pytest.mark.usefixtures("hub", "dataset_on_hub")
@@ -104,3 +125,13 @@ def test_a_datasets_commit_is_recorded(place: Path) -> None:
     assert f"at {SECOND}" in message
     assert DATA in message
     succeeded(spinlm(*elsewhere, f"data.revision={DATA}", cwd=place))
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_fork_reads_the_dataset_at_the_same_commit(place: Path, dataset_on_hub: Path) -> None:
+    succeeded(spinlm(*GENERATE, "data.source=org/rows", cwd=place))
+    dataset_on_hub.rename(dataset_on_hub.with_name("e" * 40))
+    sources._hub_dataset.cache_clear()
+    outcome = spinlm(*FORK, "runs/fork", "data.source=org/rows", cwd=place)
+    assert outcome.code == 2
+    assert f"takes what it has, {'e' * 40} (asked for split train at {DATA})" in outcome.err
