@@ -632,8 +632,8 @@ def parsed(content: bytes) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file beside its place and rename it in."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write a JSON file beside its place and rename it in. It is ASCII, which can hold any file's name."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

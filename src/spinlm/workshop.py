@@ -24,7 +24,7 @@ from spinlm.data.formats import load_examples
 from spinlm.data.pairs import Group
 from spinlm.data.prepare import Split, TokenizedExample, prepare
 from spinlm.data.render import Renderer
-from spinlm.data.sources import commit_of
+from spinlm.data.sources import commit_of, files_in
 from spinlm.errors import UserError
 from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
@@ -48,6 +48,7 @@ from spinlm.rundir import (
     add_to_log,
     canonical,
     digest,
+    file_hash,
     file_hashes,
     make_directory,
     read_json,
@@ -113,7 +114,7 @@ class Workshop:
     def data(self) -> Split:
         """The dataset, tokenised and split; read from the run directory once it is there."""
         source = Path(self.recipe.data.source).expanduser()
-        files = file_hashes(source) if source.exists() else None
+        files = _dataset_hashes(source) if source.exists() else None
         artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
         check_context(self.recipe, context_length(self.players.config))
         if self.processes.is_main_process and self._needs_making(artifact):
@@ -646,6 +647,13 @@ def prepare_data(recipe: Recipe, players: Players, renderer: Renderer) -> Split:
     split = prepare(examples, dropped, renderer, recipe.data, recipe.seed)
     _check_measure(recipe, split)
     return split
+
+
+def _dataset_hashes(source: Path) -> dict[str, str]:
+    """Of the files that its rows are read from: others may come and go beside them."""
+    if not source.is_dir():
+        return file_hashes(source)
+    return {path.name: file_hash(path) for path in files_in(source) if path.is_file()}
 
 
 def check_context(recipe: Recipe, context: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import tiny
 from integration.command import Waiting, contents, differing, refused, rows, spinlm, succeeded, waiting_at
 from spinlm.rundir import RunDir
 
@@ -69,6 +71,25 @@ def _records(run: Path) -> dict[str, dict[str, Any]]:
 def _same(one: Path, other: Path, part: Callable[[dict[str, Any]], Any]) -> set[str]:
     mine, theirs = _records(one), _records(other)
     return {key for key in mine.keys() & theirs.keys() if part(mine[key]) == part(theirs[key])}
+
+
+def test_only_the_files_that_a_dataset_is_read_from_count(place: Path) -> None:
+    """One of them has a name that is no text; the run is among what may come and go beside them."""
+    dataset = place / "dataset"
+    dataset.mkdir()
+    (place / "data.jsonl").rename(dataset / os.fsdecode(b"rows-\xff.jsonl"))
+    generate = ("generate", "recipe.yaml", "sft=null", "data.source=dataset", "run_dir=dataset/run", "--iteration", "0")
+    succeeded(spinlm(*generate, cwd=place))
+    succeeded(spinlm("report", "dataset/run", cwd=place))
+    before = contents(dataset / "run")
+    for name in (".DS_Store", "README.md", "older/rows.jsonl", ".rows.jsonl"):
+        (dataset / name).parent.mkdir(exist_ok=True)
+        (dataset / name).write_text("{}")
+    succeeded(spinlm(*generate, cwd=place))
+    succeeded(spinlm("report", "dataset/run", cwd=place))
+    assert contents(dataset / "run") == before
+    tiny.write_dataset(dataset / "more.jsonl")
+    refused(spinlm(*generate, cwd=place), "was made from something else than what is there now (files)")
 
 
 def test_a_fork_takes_over_what_still_holds(copied: Path) -> None:

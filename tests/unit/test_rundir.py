@@ -481,7 +481,7 @@ def test_a_copy_can_be_written_where_the_original_can_not(tmp_path: Path) -> Non
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.json"
     write_json(path, {"b": "ü", "a": 1})
-    assert path.read_text(encoding="utf-8") == '{\n  "a": 1,\n  "b": "ü"\n}\n'
+    assert path.read_text(encoding="utf-8") == '{\n  "a": 1,\n  "b": "\\u00fc"\n}\n'
     with pytest.raises(TypeError):
         write_json(path, {"c": object()})
     assert read_json(path) == {"b": "ü", "a": 1}
