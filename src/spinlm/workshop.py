@@ -52,6 +52,7 @@ from spinlm.rundir import (
     file_hashes,
     make_directory,
     read_json,
+    refuse_way_out,
     sealed,
     unsealed,
     write_json,
@@ -88,6 +89,7 @@ class Workshop:
         self.recipe = recipe
         self.run = run
         self.progress = progress
+        run.say = progress.say
         self.processes = PartialState()
         self.page = LivePage(run, progress.say, writes=self.processes.is_main_process)
         self._precision = recipe.training.precision
@@ -586,6 +588,8 @@ class Workshop:
     def _tracked(self, folder: str) -> Iterator[Path]:
         """Where trackers write their files: in the run directory, where they stay when checkpoints go."""
         place = self.run.path / TRACKERS / folder
+        for written in (place, place / "wandb"):
+            refuse_way_out(written, self.run.path)
         before = os.environ.get("TENSORBOARD_LOGGING_DIR")
         os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(place)
         try:

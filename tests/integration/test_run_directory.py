@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import tiny
-from integration.command import Waiting, contents, differing, refused, rows, spinlm, succeeded, waiting_at
+from integration.command import Waiting, contents, differing, flip_a_byte, refused, rows, spinlm, succeeded, waiting_at
 from spinlm.rundir import RunDir
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
@@ -124,7 +124,10 @@ def test_a_fork_takes_over_what_still_holds(copied: Path) -> None:
 
 
 def test_a_fork_is_what_a_new_run_would_be(copied: Path) -> None:
-    succeeded(spinlm(*RUN, "training.replay=0", "--fork", "runs/fork", cwd=copied))
+    damaged = "iterations/0/synthetic/00001.jsonl"
+    flip_a_byte(copied / "runs/recipe" / damaged)
+    said = succeeded(spinlm(*RUN, "training.replay=0", "--fork", "runs/fork", cwd=copied)).out
+    assert said.count(f"runs/recipe/{damaged}: not what was committed there, so it isn't taken over") == 1
     succeeded(spinlm(*RUN, "training.replay=0", "run_dir=runs/anew", cwd=copied))
     assert differing(copied / "runs/fork", copied / "runs/anew") == ["report.md", "run.json"]
 

@@ -255,6 +255,14 @@ class TestForks:
         assert not fork.artifact("iterations/1/adapter", "train", {"x": 1}).is_committed()
         assert everything(fork) == {"run.json"}
 
+    def test_nothing_is_taken_over_from_what_is_no_run(self, run: RunDir, fork: RunDir, tmp_path: Path) -> None:
+        """Nothing has looked for links there."""
+        shutil.move(run.path / "iterations/0", tmp_path / "elsewhere")
+        (run.path / "iterations/0").symlink_to(tmp_path / "elsewhere")
+        (run.path / "run.json").unlink()
+        assert not fork.artifact("iterations/0/adapter", "train", {"x": 1}).is_committed()
+        assert everything(fork) == {"run.json"}
+
     def test_what_is_damaged_there_is_not(self, run: RunDir, fork: RunDir) -> None:
         (run.path / "iterations/0/adapter/a").write_text("a")
         run.record_path("iterations/0/a.jsonl").write_text("{")
