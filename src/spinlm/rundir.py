@@ -287,6 +287,12 @@ class RunDir:
             raise UserError(
                 f"{self.path}: another process is running this ({holder}). Wait for it, or stop it first."
             ) from None
+        except OSError as error:
+            lock.close()
+            raise UserError(
+                f"{self.path}: its file system has no locks ({error.strerror}), without which two processes could run "
+                "this at once: put run_dir on another one"
+            ) from None
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         return lock

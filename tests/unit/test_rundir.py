@@ -1,7 +1,10 @@
 """The run directory: what is committed, what is made anew, what is an error, and that nothing half-made counts."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -304,6 +307,15 @@ class TestHeaders:
         with pytest.raises(UserError, match="holds files but no run"), RunDir(tmp_path).locked():
             pass
         assert file_hashes(tmp_path) == before
+
+    def test_a_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def lockf(*_: object) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        words = r"its file system has no locks \(No locks available\), .* put run_dir on another one"
+        with pytest.raises(UserError, match=words), RunDir(tmp_path / "new").locked():
+            pass
 
     def test_there_is_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"not a run directory \(it has no run.json\)"):
