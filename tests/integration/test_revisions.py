@@ -14,6 +14,7 @@ from huggingface_hub import constants
 import tiny
 from integration import command
 from integration.command import contents, forget, refused, spinlm, succeeded
+from judge_server import JudgeServer
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.data import sources
 from spinlm.players.models import Players
@@ -125,6 +126,32 @@ def test_a_datasets_commit_is_recorded(place: Path) -> None:
     assert f"at {SECOND}" in message
     assert DATA in message
     succeeded(spinlm(*elsewhere, f"data.revision={DATA}", cwd=place))
+
+
+@pytest.mark.usefixtures("hub", "dataset_on_hub")
+def test_a_judged_models_and_the_questions_commits_are_recorded(place: Path) -> None:
+    succeeded(spinlm(*GENERATE, cwd=place))
+    with JudgeServer(lambda _: "Verdict: A") as server:
+        judge = (
+            "--suite",
+            "arena",
+            "--judge-url",
+            server.url,
+            "--judge-model",
+            "m",
+            "--iterations",
+            "base",
+            "--limit",
+            "2",
+        )
+        judged = ("evaluate", "runs/recipe", *judge, "--questions", f"org/rows@{DATA}", "--against")
+        refused(spinlm(*judged, "org/model@v2", cwd=place), "org/model at v2 can't be loaded")
+        succeeded(spinlm(*judged, "org/model@v1", cwd=place))
+        outcome = spinlm(*judged, "org/model@v1", "--questions", f"org/rows@{FIRST}", cwd=place)
+        assert (outcome.code, f"asked for split train at {FIRST}" in outcome.err) == (2, True)
+    run = RunDir(place / "runs/recipe")
+    (key,) = run.keys("benchmarks/arena/")
+    assert run.record(key)["inputs"]["commits"] == {"questions": DATA, "org/model@v1": FIRST}
 
 
 @pytest.mark.usefixtures("hub")
