@@ -132,19 +132,9 @@ def test_a_datasets_commit_is_recorded(place: Path) -> None:
 def test_a_judged_models_and_the_questions_commits_are_recorded(place: Path) -> None:
     succeeded(spinlm(*GENERATE, cwd=place))
     with JudgeServer(lambda _: "Verdict: A") as server:
-        judge = (
-            "--suite",
-            "arena",
-            "--judge-url",
-            server.url,
-            "--judge-model",
-            "m",
-            "--iterations",
-            "base",
-            "--limit",
-            "2",
-        )
-        judged = ("evaluate", "runs/recipe", *judge, "--questions", f"org/rows@{DATA}", "--against")
+        judge = ("--suite", "arena", "--judge-url", server.url, "--judge-model", "m")
+        base = ("--iterations", "base", "--limit", "2", "--questions", f"org/rows@{DATA}")
+        judged = ("evaluate", "runs/recipe", *judge, *base, "--against")
         refused(spinlm(*judged, "org/model@v2", cwd=place), "org/model at v2 can't be loaded")
         succeeded(spinlm(*judged, "org/model@v1", cwd=place))
         outcome = spinlm(*judged, "org/model@v1", "--questions", f"org/rows@{FIRST}", cwd=place)
