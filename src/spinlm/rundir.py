@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -455,7 +456,9 @@ class RunDir:
         """The commits on the hub that the model and the dataset were read at, as far as they are from there."""
         if not self.has_record("data") or ORIGIN not in self.record("data")["files"]:
             return {}
-        return {what: commit for what, commit in self.committed_json("data", ORIGIN).items() if isinstance(commit, str)}
+        found = self.committed_json("data", ORIGIN)
+        commits = found.items() if isinstance(found, dict) else ()
+        return {what: one for what, one in commits if isinstance(one, str) and re.fullmatch("[0-9a-f]{40}", one)}
 
     def recorded_input(self, name: str) -> Any:
         """What some artifact was made from, by the first record that names it; None where none does."""

@@ -349,6 +349,20 @@ class TestReading:
         assert run.committed_rows("rows.jsonl") == [{"a": "one\u2028line"}, {"a": 2}]
         assert run.committed_json("one.json") == {"a": 1}
 
+    @pytest.mark.parametrize(
+        ("content", "commits"),
+        [
+            ({"model": "1a" * 20, "dataset": None}, {"model": "1a" * 20}),
+            ({"model": "../" * 13 + "x", "dataset": 5}, {}),
+            ([1], {}),
+        ],
+    )
+    def test_only_commits_are_an_origin(self, run: RunDir, content: Any, commits: dict[str, str]) -> None:
+        """What they are asked for by goes to the hub's libraries."""
+        with run.artifact("data", "data", {}).staging() as place:
+            write_json(place / "origin.json", content)
+        assert run.origin() == commits
+
     @pytest.mark.parametrize("content", [b"", b'{"a": 1', b'{"a": 2}', b"\xff"])
     def test_what_is_something_else_by_now_is_not_read(self, run: RunDir, content: bytes) -> None:
         make_file(run, "one.json", '{"a": 1}').path.write_bytes(content)
