@@ -30,7 +30,7 @@ class Fault:
     content_type: str = "application/json"
 
 
-def error(status: int, message: str, param: str | None = None, **headers: str) -> Fault:
+def error(status: int, message: str, param: object = None, **headers: str) -> Fault:
     """As OpenAI's endpoint says what is wrong."""
     body = json.dumps({"error": {"message": message, "param": param, "type": "error", "code": None}})
     return Fault(status, body, {name.replace("_", "-"): value for name, value in headers.items()})

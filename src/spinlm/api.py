@@ -25,7 +25,16 @@ from spinlm.reporting.report import Report, Sample, verdict
 from spinlm.reporting.summary import beside_the_others, measured_players, summarise
 from spinlm.reporting.training_log import folder_of
 from spinlm.reporting.verdict import closing_words
-from spinlm.rundir import RunDir, copy, read_json, reading, write_json
+from spinlm.rundir import (
+    RunDir,
+    copy,
+    flush_directory,
+    flush_to_disk,
+    make_directory,
+    read_json,
+    reading,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -374,12 +383,14 @@ def _export(source: Run, name: str, weights: Path, out: Path, merge: bool) -> No
         raise UserError(f"{weights}: not a directory with weights, which an iteration's are")
     beside = out.with_name(f".{out.name}.part")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(beside.parent)
     try:
         _write_export(source, name, weights, beside, merge)
+        flush_to_disk(beside)
         if out.exists():
             out.rmdir()
         beside.rename(out)
+        flush_directory(out.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -15,7 +15,7 @@ from spinlm.data.formats import load_examples
 from spinlm.data.prepare import TokenizedExample
 from spinlm.data.questions import Question, load_questions
 from spinlm.data.render import Renderer, RenderError
-from spinlm.data.sources import read_rows
+from spinlm.data.sources import commit_of, read_rows
 from spinlm.errors import UserError, nearest
 from spinlm.generation.engine import Response
 from spinlm.players.models import Player, context_length
@@ -34,11 +34,13 @@ class QuestionSet:
         name: `held-out`, a file's name without its ending, or a dataset's on the hub.
         questions: At least one.
         held_out: Whether they are the run's held-out prompts, which its players have answered already.
+        commit: That they were read at on the hub, where they are from there.
     """
 
     name: str
     questions: list[Question]
     held_out: bool = False
+    commit: str | None = None
 
     @cached_property
     def hash(self) -> str:
@@ -52,12 +54,15 @@ class QuestionSet:
 
     @classmethod
     def read(cls, source: str) -> QuestionSet:
-        """From a file, a directory or the hub.
+        """From a file, a directory or the hub, there also by `name@revision`.
 
         Raises:
             UserError: They can't be had.
         """
-        return cls(Path(source).stem if Path(source).exists() else source, load_questions(source))
+        name, revision = _at_revision(source)
+        questions = load_questions(name, revision)
+        commit = commit_of(DataSection(source=name, revision=revision))
+        return cls(Path(source).stem if Path(source).exists() else source, questions, commit=commit)
 
     @classmethod
     def of_run(cls, stages: Stages) -> QuestionSet:
@@ -73,7 +78,7 @@ class QuestionSet:
             example.id: (Message(role="user", content=example.prompt),) for example in examples
         }
         if not all(_renders_to(stages.renderer, conversations[e.id], e.prompt_ids) for e in examples):
-            whole = {example.id: example.messages for example in load_examples(stages.recipe.data)[0]}
+            whole = {example.id: example.messages for example in load_examples(stages.dataset)[0]}
             conversations = {id: whole[id] for id in conversations}  # with system prompts and earlier turns
         return cls("held-out", [Question(id, messages) for id, messages in conversations.items()], held_out=True)
 
@@ -87,12 +92,14 @@ class Sheet:
         player: The hash of the player's weights; None for a file of answers.
         texts: Of each question, one answer for each turn.
         cut: How many of them were cut at the cap on new tokens.
+        commit: That another model was read at on the hub.
     """
 
     name: str
     player: str | None
     texts: list[list[str]]
     cut: int
+    commit: str | None = None
 
     @cached_property
     def hash(self) -> str:
@@ -142,16 +149,19 @@ class OtherModel:
 
         Args:
             stages: The run's.
-            name: A directory, a `.gguf` file or a name on the hub.
+            name: A directory, a `.gguf` file or a name on the hub, there also with `@revision`.
 
         Raises:
             UserError: There is no such model.
         """
+        known_by, revision = _at_revision(name)
         self.name = Path(name).name if Path(name).exists() else name
         self._of_run = stages
         recipe = stages.recipe
         changes = {
-            "model": ModelSection(name=name, dtype=recipe.model.dtype, device=recipe.model.device),
+            "model": ModelSection(
+                name=known_by, revision=revision, dtype=recipe.model.dtype, device=recipe.model.device
+            ),
             "adapter": AdapterSection(),  # none is trained: the base plays
             "prompt": PromptSection(),
             "generation": recipe.generation.model_copy(update={"engine": "transformers"}),
@@ -164,7 +174,8 @@ class OtherModel:
         self._of_run.close()
         self._of_run.players.forget()
         try:
-            return _answer_in_turn(self._stages, replace(self._stages.base, name=self.name), questions)
+            sheet = _answer_in_turn(self._stages, replace(self._stages.base, name=self.name), questions)
+            return replace(sheet, commit=self._stages.players.commit)
         finally:
             self._stages.close()
             self._stages.players.forget()
@@ -239,6 +250,14 @@ def opposing(stages: Stages, against: str | None) -> Contestant:
         raise UserError(
             f"--against: {against} is {which}, and no model either: {error}{nearest(against, names)}"
         ) from None
+
+
+def _at_revision(name: str) -> tuple[str, str | None]:
+    """What `name@revision` says of something on the hub; whatever is here has no revision."""
+    if Path(name).exists():
+        return name, None
+    on_hub, _, revision = name.partition("@")
+    return on_hub, revision or None
 
 
 def slug(name: str) -> str:

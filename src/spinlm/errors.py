@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import unicodedata
+import urllib.parse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 SHORTEST_SECRET = 8
 """Characters; a shorter key (`EMPTY`, `x`) is a local server's placeholder, and may be a word."""
 
-_SECRET_VARIABLE = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD)S?$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)S?$", re.IGNORECASE)
 _IN_A_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 
@@ -48,9 +49,11 @@ def _shortened(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """Text without the keys, tokens and passwords of the environment (by their variables' names) and of URLs."""
-    values = [value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)]
-    for value in sorted((value for value in values if len(value) >= SHORTEST_SECRET), key=len, reverse=True):
-        text = text.replace(value, "[key]")
+    values = {value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    secrets = {value for value in values if len(value) >= SHORTEST_SECRET}
+    in_urls = {urllib.parse.quote(os.fsencode(value), safe="") for value in secrets}
+    for secret in sorted(secrets | in_urls, key=len, reverse=True):
+        text = text.replace(secret, "[key]")
     return _IN_A_URL.sub("[key]", text)
 
 

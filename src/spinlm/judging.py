@@ -135,7 +135,9 @@ def _committed(
     make: Callable[[], tuple[dict[str, Any], Rows]],
 ) -> str:
     """The key of a result, which is named by all that it is made from; the endpoint's URL isn't among that."""
+    read_at = {"questions": questions.commit} | {sheet.name: sheet.commit for sheet in sheets}
     inputs = {
+        "commits": {what: commit for what, commit in read_at.items() if commit},
         "questions": questions.hash,
         "players": {sheet.name: sheet.player for sheet in sheets},
         "answers": {sheet.name: sheet.hash for sheet in sheets},

@@ -17,13 +17,14 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,6 +144,7 @@ class Artifact:
                 return False
             other.verify(self.key)
         except CorruptArtifact:
+            self.run.say(f"{other.path / self.key}: not what was committed there, so it isn't taken over")
             return False
         with self.staging() as place:
             copy(other.path / self.key, place)
@@ -150,11 +152,16 @@ class Artifact:
 
 
 class RunDir:
-    """A directory that holds one run."""
+    """A directory that holds one run.
+
+    Attributes:
+        say: Who hears what isn't an error.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises UserError where there is a run with something in it that leads out of the directory."""
         self.path = path
+        self.say: Callable[[str], None] = lambda _: None
         self._lock: FileIO | None = None
         if self.exists():
             _refuse_ways_out(path)
@@ -166,9 +173,10 @@ class RunDir:
 
     @cached_property
     def forked_from(self) -> RunDir | None:
-        """The run that this one takes over from what still holds."""
+        """The run that this one takes over from what still holds; None where none is there (any more)."""
         source = self.header()["forked_from"] if self.exists() else None
-        return None if source is None else RunDir(Path(source))
+        run = None if source is None else RunDir(Path(source))
+        return run if run is not None and run.exists() else None  # without a header nothing has looked for ways out
 
     def header(self) -> dict[str, Any]:
         """`run.json`: the recipe, the versions, what it was forked from.
@@ -279,6 +287,12 @@ class RunDir:
                 holder = lock.read().decode(errors="replace").strip()
             raise UserError(
                 f"{self.path}: another process is running this ({holder}). Wait for it, or stop it first."
+            ) from None
+        except OSError as error:
+            lock.close()
+            raise UserError(
+                f"{self.path}: its file system has no locks ({error.strerror}), without which two processes could run "
+                "this at once: put run_dir on another one"
             ) from None
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -442,7 +456,9 @@ class RunDir:
         """The commits on the hub that the model and the dataset were read at, as far as they are from there."""
         if not self.has_record("data") or ORIGIN not in self.record("data")["files"]:
             return {}
-        return {what: commit for what, commit in self.committed_json("data", ORIGIN).items() if commit}
+        found = self.committed_json("data", ORIGIN)
+        commits = found.items() if isinstance(found, dict) else ()
+        return {what: one for what, one in commits if isinstance(one, str) and re.fullmatch("[0-9a-f]{40}", one)}
 
     def recorded_input(self, name: str) -> Any:
         """What some artifact was made from, by the first record that names it; None where none does."""
@@ -552,19 +568,34 @@ def _refuse_ways_out(directory: Path) -> None:
     root, left = os.path.realpath(directory), [os.fspath(directory)]
     trackers = os.fspath(directory / TRACKERS)
     while left:
-        with suppress(OSError), os.scandir(left.pop()) as entries:  # a run that is going on moves its files
-            for entry in entries:
-                if entry.is_symlink():
-                    _refuse_way_out(entry.path, root)
-                elif entry.is_dir(follow_symlinks=False):
-                    left += [] if entry.path == trackers else [entry.path]
-                elif not entry.is_file(follow_symlinks=False):
-                    raise UserError(f"{entry.path}: neither a file nor a directory: delete it")
+        for entry in _entries(left.pop()):
+            if entry.is_symlink():
+                refuse_way_out(entry.path, root)
+            elif entry.is_dir(follow_symlinks=False):
+                left += [] if entry.path == trackers else [entry.path]
+            elif not entry.is_file(follow_symlinks=False):
+                raise UserError(f"{entry.path}: neither a file nor a directory: delete it")
 
 
-def _refuse_way_out(link: str, root: str) -> None:
+def _entries(directory: str) -> list[os.DirEntry[str]]:
+    """What is in it; nothing where it isn't there: a run that is going on moves its files."""
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{directory}: can't be searched for links out of the run: {error.strerror}") from None
+
+
+def refuse_way_out(link: Path | str, root: Path | str) -> None:
+    """Refuse a place in a run directory that a link has led out of it.
+
+    Raises:
+        UserError: With where it leads.
+    """
     target = os.path.realpath(link)
-    if not Path(target).is_relative_to(root):
+    if not Path(target).is_relative_to(os.path.realpath(root)):
         raise UserError(
             f"{link}: a link out of the run directory, to {target}: delete it, or put there what it points to"
         )
@@ -632,8 +663,8 @@ def parsed(content: bytes) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file beside its place and rename it in."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write a JSON file beside its place and rename it in. It is ASCII, which can hold any file's name."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import chain, cycle, islice
@@ -18,13 +18,13 @@ from accelerate import PartialState
 from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
 from spinlm import interruption
-from spinlm.config import Recipe, SFTSection, TrainingSection
+from spinlm.config import DataSection, Recipe, SFTSection, TrainingSection
 from spinlm.data.examples import Dropped
 from spinlm.data.formats import load_examples
 from spinlm.data.pairs import Group
 from spinlm.data.prepare import Split, TokenizedExample, prepare
 from spinlm.data.render import Renderer
-from spinlm.data.sources import commit_of
+from spinlm.data.sources import commit_of, files_in
 from spinlm.errors import UserError
 from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
@@ -42,13 +42,17 @@ from spinlm.rundir import (
     TIMINGS,
     TRACKERS,
     Artifact,
+    CorruptArtifact,
     Inputs,
     RunDir,
     add_to_log,
+    canonical,
     digest,
+    file_hash,
     file_hashes,
     make_directory,
     read_json,
+    refuse_way_out,
     sealed,
     unsealed,
     write_json,
@@ -85,10 +89,12 @@ class Workshop:
         self.recipe = recipe
         self.run = run
         self.progress = progress
+        run.say = progress.say
         self.processes = PartialState()
         self.page = LivePage(run, progress.say, writes=self.processes.is_main_process)
         self._precision = recipe.training.precision
-        self.players = Players(recipe.model, recipe.adapter, self._precision)
+        commit = self._recorded_commit("model", "model")
+        self.players = Players(recipe.model, recipe.adapter, self._precision, commit)
         self._chosen_method: Method | None = None
         self._vllm: VLLMEngine | None = None
         self._check_trainer_settings()
@@ -110,16 +116,18 @@ class Workshop:
     def data(self) -> Split:
         """The dataset, tokenised and split; read from the run directory once it is there."""
         source = Path(self.recipe.data.source).expanduser()
-        files = file_hashes(source) if source.exists() else None
+        files = _dataset_hashes(source) if source.exists() else None
         artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
         check_context(self.recipe, context_length(self.players.config))
         if self.processes.is_main_process and self._needs_making(artifact):
-            split = prepare_data(self.recipe, self.players, self.renderer)
+            dataset = self.dataset
+            recipe = self.recipe.model_copy(update={"data": dataset})
+            split = prepare_data(recipe, self.players, self.renderer)
             with self.timed("data"), artifact.staging() as place:
                 place.mkdir()
                 for part in ("train", "held_out", "dropped"):
                     write_jsonl(place / f"{part}.jsonl", [asdict(row) for row in getattr(split, part)])
-                origin = {"model": self.players.commit, "dataset": commit_of(self.recipe.data)}
+                origin = {"model": self.players.commit, "dataset": commit_of(dataset)}
                 if any(origin.values()):
                     write_json(place / ORIGIN, origin)
         self.processes.wait_for_everyone()
@@ -132,6 +140,22 @@ class Workshop:
         self._say_data(split)
         self._data_hash = artifact.hash
         return split
+
+    @property
+    def dataset(self) -> DataSection:
+        """The recipe's, at the commit on the hub that it has been read at, where it has."""
+        commit = self._recorded_commit("data", "dataset")
+        return self.recipe.data.model_copy(update={"revision": commit}) if commit else self.recipe.data
+
+    def _recorded_commit(self, section: str, what: str) -> str | None:
+        """Of this run's model or dataset, or of the forked run's, where this section of the recipe was the same."""
+        run = self.run if self.run.has_record("data") else self.run.forked_from
+        if run is None or not run.has_record("data"):
+            return None
+        with suppress(CorruptArtifact):  # which is said when the data is asked for
+            if run.record("data")["inputs"].get(section) == canonical(self._inputs(section)[section]):
+                return run.origin().get(what)
+        return None
 
     @property
     def played(self) -> list[TokenizedExample]:
@@ -203,6 +227,7 @@ class Workshop:
                 str(self.players.compute_dtype).removeprefix("torch."),
                 self.players.device.type,
                 self.renderer,
+                self.players.revision,
             )
         self._vllm.seat(player)
         return self._vllm
@@ -563,6 +588,8 @@ class Workshop:
     def _tracked(self, folder: str) -> Iterator[Path]:
         """Where trackers write their files: in the run directory, where they stay when checkpoints go."""
         place = self.run.path / TRACKERS / folder
+        for written in (place, place / "wandb"):
+            refuse_way_out(written, self.run.path)
         before = os.environ.get("TENSORBOARD_LOGGING_DIR")
         os.environ["TENSORBOARD_LOGGING_DIR"] = before or str(place)
         try:
@@ -624,6 +651,13 @@ def prepare_data(recipe: Recipe, players: Players, renderer: Renderer) -> Split:
     split = prepare(examples, dropped, renderer, recipe.data, recipe.seed)
     _check_measure(recipe, split)
     return split
+
+
+def _dataset_hashes(source: Path) -> dict[str, str]:
+    """Of the files that its rows are read from: others may come and go beside them."""
+    if not source.is_dir():
+        return file_hashes(source)
+    return {path.name: file_hash(path) for path in files_in(source) if path.is_file()}
 
 
 def check_context(recipe: Recipe, context: int | None) -> None:

@@ -75,6 +75,18 @@ def test_a_checkpoint_before_its_mark_and_that_before_the_last_one_goes(recorded
         assert Call("fsync", _parent(checkpoint)) in after[:removed]
 
 
+def test_an_export_before_it_has_its_name(disk: Path, copied: Path) -> None:
+    with Starts(disk, copied, run="exported") as starts:
+        succeeded(starts("export", "runs/recipe", "exported/out"))
+        calls = starts.calls()
+    named = calls.index(Call("rename", ".out.part", "out"))
+    written = {f".out.part/{path.name}" for path in (copied / "exported/out").iterdir()}
+    assert {f".out.part/{name}" for name in ("adapter_model.safetensors", "tokenizer.json", "README.md")} <= written
+    for path in (*written, ".out.part"):
+        assert _is_flushed(calls[:named], path), path
+    assert _are_names_flushed(calls, "out")
+
+
 @pytest.mark.slow
 def test_a_record_is_gone_from_the_disk_before_what_it_is_of(disk: Path, copied: Path, finished: Path) -> None:
     (copied / "runs/recipe/layout.json").write_text("{}")

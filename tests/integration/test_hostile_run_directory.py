@@ -104,6 +104,29 @@ def test_an_empty_directory_with_a_link_in_it(place: Path, elsewhere: Path, name
     assert contents(elsewhere) == {"thesis.tex": b"keep"}
 
 
+@pytest.mark.parametrize("name", ["trackers/iterations", "trackers/iterations/0", "trackers/iterations/0/wandb"])
+def test_nothing_is_tracked_out_of_it(place: Path, elsewhere: Path, name: str) -> None:
+    tiny_run = ("recipe.yaml", "sft=null", "data.limit=6")
+    succeeded(spinlm("generate", *tiny_run, cwd=place))
+    _link(place / "runs/recipe" / name, elsewhere)
+    refused(spinlm("train", *tiny_run, cwd=place), "runs/recipe/trackers/iterations/0", "a link out of the run")
+    assert contents(elsewhere) == {"thesis.tex": b"keep"}
+
+
+def test_a_directory_that_cannot_be_searched_is_refused(run: Path, elsewhere: Path) -> None:
+    """So deep that it has no path: a link is in it all the same."""
+    descriptor = os.open(run, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("d" * 250, dir_fd=descriptor)
+        below = os.open("d" * 250, os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    os.symlink(elsewhere, "link", dir_fd=descriptor)
+    os.close(descriptor)
+    for arguments in READING[:3]:
+        refused(spinlm(*arguments, cwd=run.parent), "can't be searched for links out of the run: File name too long")
+
+
 def test_links_that_stay_in_it_are_followed(run: Path) -> None:
     (run / "data/train.jsonl").rename(run / "data/rows")
     _link(run / "data/train.jsonl", "rows")

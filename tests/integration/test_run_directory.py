@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from integration.command import Waiting, contents, differing, refused, rows, spinlm, succeeded, waiting_at
+import tiny
+from integration.command import Waiting, contents, differing, flip_a_byte, refused, rows, spinlm, succeeded, waiting_at
 from spinlm.rundir import RunDir
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
@@ -71,6 +73,25 @@ def _same(one: Path, other: Path, part: Callable[[dict[str, Any]], Any]) -> set[
     return {key for key in mine.keys() & theirs.keys() if part(mine[key]) == part(theirs[key])}
 
 
+def test_only_the_files_that_a_dataset_is_read_from_count(place: Path) -> None:
+    """One of them has a name that is no text; the run is among what may come and go beside them."""
+    dataset = place / "dataset"
+    dataset.mkdir()
+    (place / "data.jsonl").rename(dataset / os.fsdecode(b"rows-\xff.jsonl"))
+    generate = ("generate", "recipe.yaml", "sft=null", "data.source=dataset", "run_dir=dataset/run", "--iteration", "0")
+    succeeded(spinlm(*generate, cwd=place))
+    succeeded(spinlm("report", "dataset/run", cwd=place))
+    before = contents(dataset / "run")
+    for name in (".DS_Store", "README.md", "older/rows.jsonl", ".rows.jsonl"):
+        (dataset / name).parent.mkdir(exist_ok=True)
+        (dataset / name).write_text("{}")
+    succeeded(spinlm(*generate, cwd=place))
+    succeeded(spinlm("report", "dataset/run", cwd=place))
+    assert contents(dataset / "run") == before
+    tiny.write_dataset(dataset / "more.jsonl")
+    refused(spinlm(*generate, cwd=place), "was made from something else than what is there now (files)")
+
+
 def test_a_fork_takes_over_what_still_holds(copied: Path) -> None:
     old, new = copied / "runs/recipe", copied / "runs/new"
     before = contents(old, without=())
@@ -103,7 +124,10 @@ def test_a_fork_takes_over_what_still_holds(copied: Path) -> None:
 
 
 def test_a_fork_is_what_a_new_run_would_be(copied: Path) -> None:
-    succeeded(spinlm(*RUN, "training.replay=0", "--fork", "runs/fork", cwd=copied))
+    damaged = "iterations/0/synthetic/00001.jsonl"
+    flip_a_byte(copied / "runs/recipe" / damaged)
+    said = succeeded(spinlm(*RUN, "training.replay=0", "--fork", "runs/fork", cwd=copied)).out
+    assert said.count(f"runs/recipe/{damaged}: not what was committed there, so it isn't taken over") == 1
     succeeded(spinlm(*RUN, "training.replay=0", "run_dir=runs/anew", cwd=copied))
     assert differing(copied / "runs/fork", copied / "runs/anew") == ["report.md", "run.json"]
 

@@ -12,11 +12,13 @@ from spinlm.errors import UserError, disk_trouble, without_secrets, writing
 
 
 @pytest.mark.parametrize(
-    "name", ["HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "some_secret"]
+    "name",
+    ["HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MYAPIKEY", "somesecret"],
 )
 def test_no_secret_of_the_environment(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, " s3cr3t/value+1\n")
     assert without_secrets("Illegal header value b'Bearer s3cr3t/value+1'") == "Illegal header value b'Bearer [key]'"
+    assert without_secrets("at https://host/?key=s3cr3t%2Fvalue%2B1") == "at https://host/?key=[key]"
 
 
 def test_one_that_is_a_part_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +28,8 @@ def test_one_that_is_a_part_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("HF_TOKEN", "EMPTY"), ("HF_HOME", "/home/somebody"), ("KEYBOARD", "qwertzuiop")]
+    ("name", "value"),
+    [("HF_TOKEN", "EMPTY"), ("HF_HOME", "/home/somebody"), ("KEYBOARD", "qwertzuiop"), ("MONKEY", "banana")],
 )
 def test_what_is_no_secret(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     """A placeholder may be a word, and a variable of another name holds something else."""

@@ -1,7 +1,10 @@
 """The run directory: what is committed, what is made anew, what is an error, and that nothing half-made counts."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -255,6 +258,14 @@ class TestForks:
         assert not fork.artifact("iterations/1/adapter", "train", {"x": 1}).is_committed()
         assert everything(fork) == {"run.json"}
 
+    def test_nothing_is_taken_over_from_what_is_no_run(self, run: RunDir, fork: RunDir, tmp_path: Path) -> None:
+        """Nothing has looked for links there."""
+        shutil.move(run.path / "iterations/0", tmp_path / "elsewhere")
+        (run.path / "iterations/0").symlink_to(tmp_path / "elsewhere")
+        (run.path / "run.json").unlink()
+        assert not fork.artifact("iterations/0/adapter", "train", {"x": 1}).is_committed()
+        assert everything(fork) == {"run.json"}
+
     def test_what_is_damaged_there_is_not(self, run: RunDir, fork: RunDir) -> None:
         (run.path / "iterations/0/adapter/a").write_text("a")
         run.record_path("iterations/0/a.jsonl").write_text("{")
@@ -297,6 +308,15 @@ class TestHeaders:
             pass
         assert file_hashes(tmp_path) == before
 
+    def test_a_file_system_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def lockf(*_: object) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        words = r"its file system has no locks \(No locks available\), .* put run_dir on another one"
+        with pytest.raises(UserError, match=words), RunDir(tmp_path / "new").locked():
+            pass
+
     def test_there_is_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"not a run directory \(it has no run.json\)"):
             RunDir(tmp_path).header()
@@ -328,6 +348,20 @@ class TestReading:
         assert run.committed(artifact.key, "sub/b") == b"B"
         assert run.committed_rows("rows.jsonl") == [{"a": "one\u2028line"}, {"a": 2}]
         assert run.committed_json("one.json") == {"a": 1}
+
+    @pytest.mark.parametrize(
+        ("content", "commits"),
+        [
+            ({"model": "1a" * 20, "dataset": None}, {"model": "1a" * 20}),
+            ({"model": "../" * 13 + "x", "dataset": 5}, {}),
+            ([1], {}),
+        ],
+    )
+    def test_only_commits_are_an_origin(self, run: RunDir, content: Any, commits: dict[str, str]) -> None:
+        """What they are asked for by goes to the hub's libraries."""
+        with run.artifact("data", "data", {}).staging() as place:
+            write_json(place / "origin.json", content)
+        assert run.origin() == commits
 
     @pytest.mark.parametrize("content", [b"", b'{"a": 1', b'{"a": 2}', b"\xff"])
     def test_what_is_something_else_by_now_is_not_read(self, run: RunDir, content: bytes) -> None:
@@ -481,7 +515,7 @@ def test_a_copy_can_be_written_where_the_original_can_not(tmp_path: Path) -> Non
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.json"
     write_json(path, {"b": "ü", "a": 1})
-    assert path.read_text(encoding="utf-8") == '{\n  "a": 1,\n  "b": "ü"\n}\n'
+    assert path.read_text(encoding="utf-8") == '{\n  "a": 1,\n  "b": "\\u00fc"\n}\n'
     with pytest.raises(TypeError):
         write_json(path, {"c": object()})
     assert read_json(path) == {"b": "ü", "a": 1}

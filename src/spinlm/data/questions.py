@@ -50,7 +50,7 @@ class Question:
         return self.references[turn] if turn < len(self.references) else ""
 
 
-def load_questions(source: str) -> list[Question]:
+def load_questions(source: str, revision: str | None = None) -> list[Question]:
     """Read questions: `turns` in MT-bench's layout, or `prompt`, `messages` or `instruction`, one question a row.
 
     Optional: `question_id` (or `prompt_id`, `id`), `category`, and `reference`, a text or one for each turn.
@@ -58,12 +58,13 @@ def load_questions(source: str) -> list[Question]:
 
     Args:
         source: A JSON, JSONL, CSV or Parquet file, a directory of them, or a dataset on the hub.
+        revision: Of a dataset on the hub.
 
     Raises:
         UserError: It can't be read, a row holds no question, or two have the same name.
     """
     try:
-        rows = read_rows(DataSection(source=source))
+        rows = read_rows(DataSection(source=source, revision=revision))
     except UserError as error:
         raise UserError(str(error).replace("data.source", "questions")) from None
     questions = [_question(row) for row in rows]

@@ -110,8 +110,13 @@ def fingerprint(entry: dict[str, Any]) -> str:
 # Files
 
 
+def files_in(directory: Path) -> list[Path]:
+    """Those that the rows of a directory are read from, in order."""
+    return sorted(p for p in directory.iterdir() if p.suffix.lower() in _READERS and not p.name.startswith("."))
+
+
 def _rows_of_directory(directory: Path) -> list[Row]:
-    files = sorted(p for p in directory.iterdir() if p.suffix.lower() in _READERS and not p.name.startswith("."))
+    files = files_in(directory)
     if not files:
         raise UserError(f"data.source: {directory}: no file in it ends in {_suffixes()}")
     return [row for file in files for row in _rows_of_file(file)]
@@ -138,7 +143,7 @@ def _rows_of_json(path: Path) -> list[Row]:
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{path}: [{index}] is {_kind(row)}: every row has to be an object of columns")
-    return [Row(f"{path.name}[{index}]", row) for index, row in enumerate(rows)]
+    return [Row(f"{_name(path)}[{index}]", row) for index, row in enumerate(rows)]
 
 
 def _list_in(document: Any, path: Path) -> list[Any]:
@@ -171,7 +176,7 @@ def _parsed_lines(path: Path) -> Iterator[Row]:
             raise UserError(f"{path}: line {number}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is {_kind(row)}: every line has to be an object of columns")
-        yield Row(f"{path.name}:{number}", row)
+        yield Row(f"{_name(path)}:{number}", row)
 
 
 def _rows_of_csv(path: Path) -> list[Row]:
@@ -202,7 +207,7 @@ def _parsed_csv(reader: Any, path: Path) -> Iterator[Row]:
         elif len(record) != len(header):
             raise UserError(f"{path}: line {line}: {len(record)} fields, but the header names {len(header)} columns")
         else:
-            yield Row(f"{path.name}:{line}", dict(zip(header, record, strict=True)))
+            yield Row(f"{_name(path)}:{line}", dict(zip(header, record, strict=True)))
 
 
 def _rows_of_parquet(path: Path) -> list[Row]:
@@ -216,7 +221,7 @@ def _rows_of_parquet(path: Path) -> list[Row]:
             rows = file.read().to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from None
-    return [Row(f"{path.name}[{index}]", row) for index, row in enumerate(rows)]
+    return [Row(f"{_name(path)}[{index}]", row) for index, row in enumerate(rows)]
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
@@ -226,6 +231,11 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".csv": _rows_of_csv,
     ".parquet": _rows_of_parquet,
 }
+
+
+def _name(path: Path) -> str:
+    """The file's, as text, which on a disk it needn't be."""
+    return os.fsencode(path.name).decode(errors="backslashreplace")
 
 
 def _text(path: Path) -> str:

@@ -280,14 +280,14 @@ class Judge:
                 completion = await client.chat.completions.create(
                     model=self.model, messages=_messages(prompt), **sampling
                 )
-            return self._without_key(completion.choices[0].message.content or "")
+            return self._safe(_text(completion.choices[0].message.content))
         except (TimeoutError, openai.APITimeoutError):
             raise _MayPassError(f"doesn't answer within {limit:g} s (--judge-timeout)", answered=False) from None
         except openai.APIConnectionError as error:
             raise _MayPassError(f"can't be reached: {self._words(error.__cause__ or error)}", answered=False) from None
         except openai.APIStatusError as error:
             raise self._trouble(error) from None
-        except (openai.OpenAIError, ValueError, AttributeError, IndexError, TypeError):
+        except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError, RecursionError):
             trouble = "answers, but not as an OpenAI-compatible server does: is the URL right, up to /v1?"
             raise _MayPassError(trouble, answered=True) from None
 
@@ -296,7 +296,7 @@ class Judge:
         status, body = error.status_code, error.body
         said = self._words(body["message"] if isinstance(body, dict) and "message" in body else error.message)
         if status in (400, 413, 422):
-            return _RefusedError(said, error.param)
+            return _RefusedError(said, error.param if isinstance(error.param, str) else None)
         if status in (408, 409, 425, 429) or status >= 500:
             return _MayPassError(
                 f"answers {status}: {said}", answered=True, wait=_asked_to_wait(error.response.headers)
@@ -322,10 +322,11 @@ class Judge:
 
     def _words(self, said: object) -> str:
         """A line of what a server or a library says."""
-        return self._without_key(first_line(Exception(said)))[:LONGEST_QUOTE]
+        return self._safe(first_line(Exception(said)))[:LONGEST_QUOTE]
 
-    def _without_key(self, text: str) -> str:
-        """Nothing that a server sends back may carry the key into a file or a message."""
+    def _safe(self, text: str) -> str:
+        """What a server sends carries no key into a file or a message, and no lone surrogate, which is no text."""
+        text = text.encode(errors="replace").decode()
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_SECRET else text
 
 
@@ -346,6 +347,15 @@ def _check_url(url: str) -> None:
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--judge-url: {url}: give it as http://HOST:PORT/v1 or https://…")
+
+
+def _text(content: object) -> str:
+    """What a message says; raises TypeError where that is no text."""
+    if content is None:
+        return ""
+    if not isinstance(content, str):
+        raise TypeError
+    return content
 
 
 def _messages(prompt: str) -> list[ChatCompletionUserMessageParam]:

@@ -44,7 +44,9 @@ class VLLMEngine:
     In full fine-tuning each player is a model of its own, and vLLM starts anew with its weights.
     """
 
-    def __init__(self, recipe: Recipe, dtype: str, device: str, renderer: Renderer) -> None:
+    def __init__(
+        self, recipe: Recipe, dtype: str, device: str, renderer: Renderer, revision: str | None = None
+    ) -> None:
         """Nothing is started before a player is seated.
 
         Args:
@@ -52,8 +54,10 @@ class VLLMEngine:
             dtype: Of the weights and the computation: `float32`, `bfloat16`, `float16`.
             device: `cuda` or `cpu`.
             renderer: For stop tokens and the responses' text.
+            revision: Of a base model on the hub.
         """
         self._recipe = recipe
+        self._revision = revision
         self._dtype = dtype
         self._device = device
         self._renderer = renderer
@@ -104,7 +108,7 @@ class VLLMEngine:
         section, data, generation = self._recipe.model, self._recipe.data, self._recipe.generation
         settings = {
             "model": model,
-            "revision": section.revision if model == section.name else None,
+            "revision": self._revision if model == section.name else None,
             "load_format": "safetensors",  # a GGUF file isn't served, and a pickle can run code
             "trust_remote_code": section.trust_remote_code,
             "dtype": self._dtype,

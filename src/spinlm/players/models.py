@@ -55,13 +55,16 @@ class Players:
         device: Where the model is.
     """
 
-    def __init__(self, model: ModelSection, adapter: AdapterSection | None, precision: str = "") -> None:
+    def __init__(
+        self, model: ModelSection, adapter: AdapterSection | None, precision: str = "", commit: str | None = None
+    ) -> None:
         """Nothing is loaded yet.
 
         Args:
             model: Which base model.
             adapter: None for full fine-tuning.
             precision: Of the training forward pass, `bf16` or `fp16` autocast: scoring then has it, too.
+            commit: Of a model on the hub, where it is known which one its name and revision stood for.
 
         Raises:
             UserError: The device isn't there, or an extra isn't installed.
@@ -69,6 +72,7 @@ class Players:
         self._section = model
         self._adapter = adapter
         self._precision = precision
+        self._asked_for = commit or model.revision
         self._model: Any = None
         self._seated: str | None = None
         self._use_cache: bool | None = None
@@ -219,7 +223,7 @@ class Players:
     def _refuse_pickles(self) -> None:
         name, arguments = self._source()
         if "gguf_file" not in arguments:
-            refuse_pickles(name, self._section.revision)
+            refuse_pickles(name, self.revision)
 
     def _read(self, kind: Any, what: str = "") -> Any:
         name, arguments = self._source()
@@ -227,7 +231,8 @@ class Players:
         try:
             return kind.from_pretrained(name, **arguments)
         except Exception as error:  # whatever its files hold
-            raise self._unloadable(f"{what}{self._section.name}", error) from None
+            at = f" at {self.revision}" if self.revision else ""
+            raise self._unloadable(f"{what}{self._section.name}{at}", error) from None
 
     def _unloadable(self, what: str, error: Exception) -> Exception:
         """What to say of a model that can't be loaded; the error itself, where that isn't the model's fault."""
@@ -245,7 +250,7 @@ class Players:
         if self._section.trust_remote_code and not self._has_said and os.environ.get("LOCAL_RANK", "0") == "0":
             self._has_said = True
             name = self._section.name
-            at = "" if Path(name).exists() else f" at {self._section.revision or 'its newest revision'}"
+            at = "" if Path(name).exists() else f" at {self.revision or 'its newest revision'}"
             print(f"model.trust_remote_code: runs code that comes with the model: {name}{at}", file=sys.stderr)
 
     def stop_ids(self) -> list[int]:
@@ -265,17 +270,21 @@ class Players:
             identity = [self._section.name, self.commit]
         return Player("base", None, digest([identity, self._section.dtype, self._section.load_in_4bit]))
 
-    @property
+    @cached_property
     def commit(self) -> str | None:
-        """The commit that a model on the hub is read at; None for one that isn't there."""
-        return None if Path(self._section.name).exists() else commit_of(self._section.name, self._section.revision)
+        """The commit that a model on the hub is read at, whatever its branch becomes; None for one that isn't there."""
+        name, file = self._section.name, self._section.gguf_file or "config.json"
+        return None if Path(name).exists() else commit_of(name, self._asked_for, file)
+
+    @property
+    def revision(self) -> str | None:
+        """What each of the model's files is asked for by: its commit, or where that isn't known what stands for it."""
+        return self.commit or self._asked_for
 
     def _source(self) -> tuple[str, dict[str, Any]]:
         """What to hand to transformers' from_pretrained."""
         section = self._section
         arguments: dict[str, Any] = {"trust_remote_code": section.trust_remote_code}
-        if section.revision is not None:
-            arguments["revision"] = section.revision
         path = Path(section.name)
         if path.suffix == ".gguf":
             if not path.is_file():
@@ -285,6 +294,8 @@ class Players:
             arguments["gguf_file"] = section.gguf_file
         if section.name.startswith(("/", "./", "../", "~")) and not path.is_dir():
             raise UserError(f"model.name: {section.name}: no such directory")
+        if self.revision is not None:
+            arguments["revision"] = self.revision
         return section.name, arguments
 
     def _load_base(self, path: Path | None) -> Any:

@@ -59,9 +59,9 @@ def refuse_pickled_adapter(directory: Path) -> None:
         )
 
 
-def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit on the hub that a branch or a tag stands for, as it is in the cache; None where it isn't known."""
-    commit: str | None = extract_commit_hash(_find(name, "config.json", revision), None)
+def commit_of(name: str, revision: str | None, file: str) -> str | None:
+    """The commit on the hub that a file's branch or tag stands for, as it is in the cache; None if it isn't known."""
+    commit: str | None = extract_commit_hash(_find(name, file, revision), None)
     return commit
 
 

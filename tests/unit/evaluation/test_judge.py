@@ -50,6 +50,13 @@ def agree(prompt: str) -> str:
 EXPECTED = [agree(prompt) for prompt in PROMPTS]
 
 
+def _saying(content: object) -> Fault:
+    """An answer whose content is this, whatever it is."""
+    answer = json.loads(judge_server.completion(""))
+    answer["choices"][0]["message"]["content"] = content
+    return Fault(body=json.dumps(answer))
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*.json")}
 
@@ -235,10 +242,15 @@ class TestNoVerdict:
         assert len(server.requests) == 6
 
     def test_an_answer_without_content(self, tmp_path: Path) -> None:
-        empty = json.loads(judge_server.completion(""))
-        empty["choices"][0]["message"] = {"role": "assistant", "content": None, "refusal": "no"}
-        with JudgeServer(agree, [Fault(body=json.dumps(empty))] * READINGS) as server:
+        with JudgeServer(agree, [_saying(None)] * READINGS) as server:
             assert judge_of(server, tmp_path).ask(["question 0"], is_readable) == [""]
+
+    def test_an_answer_that_is_not_quite_text(self, tmp_path: Path) -> None:
+        """It is kept, as it can be."""
+        with JudgeServer(agree, [_saying(f"\ud800 {EXPECTED[0]}")]) as server:
+            for _ in range(2):
+                assert judge_of(server, tmp_path).ask(["question 0"], is_readable) == [f"? {EXPECTED[0]}"]
+        assert len(server.requests) == 1
 
 
 class TestIsItThere:
@@ -282,6 +294,11 @@ class TestIsItThere:
             (error(402, "pay first"), "answers 402: pay first"),
             (error(400, "no judging today"), "refuses a request: no judging today"),
             (error(400, "what is top_p?", "top_p"), "refuses a request: what is top_p?"),
+            (error(400, "what is this?", ["temperature"]), "refuses a request: what is this?"),
+            (_saying(5), "answers, but not as an OpenAI-compatible server does: is the URL right"),
+            (_saying(["Verdict: A"]), "answers, but not as an OpenAI-compatible server does: is the URL right"),
+            (Fault(body="[" * 100_000 + "]" * 100_000), "answers, but not as an OpenAI-compatible server does"),
+            (Fault(body='{"choices": {"a": 1}}'), "answers, but not as an OpenAI-compatible server does"),
             (judge_server.A_WEB_PAGE, "answers, but not as an OpenAI-compatible server does: is the URL right"),
             (error(503, "loading"), "answers 503: loading"),
         ],

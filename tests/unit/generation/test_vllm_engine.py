@@ -48,9 +48,10 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "told"
 
 
-def _engine(**sections: Any) -> VLLMEngine:
+def _engine(revision: str | None = None, **sections: Any) -> VLLMEngine:
     tree = {"run_dir": "run", "model": {"name": "org/model"}, "data": {"source": "d.jsonl"}, **sections}
-    return VLLMEngine(recipe_from(tree, where="here"), "float32", "cpu", renderer=None)  # type: ignore[arg-type]
+    recipe = recipe_from(tree, where="here")
+    return VLLMEngine(recipe, "float32", "cpu", None, revision)  # type: ignore[arg-type]
 
 
 def test_weights_are_read_from_safetensors_alone(told: Path, tmp_path: Path) -> None:
@@ -61,6 +62,14 @@ def test_weights_are_read_from_safetensors_alone(told: Path, tmp_path: Path) -> 
         settings = json.loads(told.read_text())
         assert settings["load_format"] == "safetensors"
         assert settings["trust_remote_code"] is False
+
+
+def test_a_base_is_loaded_at_its_commit(told: Path, tmp_path: Path) -> None:
+    for adapter, player, wanted in (({"r": 4}, None, "c" * 40), (None, None, "c" * 40), (None, tmp_path, None)):
+        engine = _engine("c" * 40, adapter=adapter)
+        engine.seat(Player("one", player, "hash"))
+        engine.close()
+        assert json.loads(told.read_text())["revision"] == wanted
 
 
 def test_an_adapter_in_a_pickle_is_refused_before_vllm_sees_it(told: Path, tmp_path: Path) -> None:
