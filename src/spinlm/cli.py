@@ -373,6 +373,7 @@ def _iteration(stages: Any, stage: str, asked: int | None) -> int:
 
 def main() -> None:
     """Entry point: errors for people go to standard error, with exit code 2, without a traceback unless asked for."""
+    _open_closed_streams()
     _quieten_libraries()
     try:
         with interruption.listening(owns_process=True):
@@ -396,7 +397,24 @@ def main() -> None:
 
 
 def _show_traceback(error: Exception) -> None:
-    sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+    _say(without_secrets("".join(traceback.format_exception(error))))
+
+
+def _say(words: str) -> None:
+    """To standard error, after all that was said before. Nobody may be listening any more: the exit code stays."""
+    for stream, last in ((sys.stdout, ""), (sys.stderr, words)):
+        try:
+            stream.write(last)
+            stream.flush()
+        except OSError:  # what is left in it Python would write at the very end, and exit with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that is closed leads nowhere: the first files to be opened would be in its place."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which the lowest free one is taken
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 (it stays)
 
 
 def _quieten_libraries() -> None:
@@ -414,8 +432,7 @@ def _quieten_libraries() -> None:
 
 
 def _fail(message: str, code: int = 2) -> None:
-    typer.echo(f"spinlm: {message}", err=True)
-    sys.stderr.flush()
+    _say(f"spinlm: {message}\n")
     if "LOCAL_RANK" in os.environ:  # one process of several: don't wait for the others to end the group
         os._exit(code)
     raise SystemExit(code)

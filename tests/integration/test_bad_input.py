@@ -170,6 +170,16 @@ def test_as_a_process(place: Path) -> None:
     assert refused(outcome, "data.jsonl: line 1: not valid JSON").count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("launched", "redirected"),
+    [("", "<&- 1>&- 2>&-"), ("", "1>/dev/full 2>/dev/full"), ("LOCAL_RANK=0", "2>/dev/full")],
+)
+def test_nobody_hears_what_is_wrong(tmp_path: Path, redirected: str, launched: str) -> None:
+    """The exit code says it all the same."""
+    command = f"{launched} exec {sys.executable} -m spinlm status nowhere {redirected}"
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 2
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("run", "nothing.yaml"), ("status", "nothing")])
 def test_nothing_heavy_is_imported_where_it_isnt_needed(place: Path, arguments: tuple[str, ...]) -> None:
     outcome = spinlm_process(*arguments, cwd=place, launcher=("-X", "importtime", "-m", "spinlm"))
