@@ -56,6 +56,24 @@ class Run:
     def recipe(self) -> Recipe:
         return self._run_dir.recipe()
 
+    def loadable_recipe(self, trust_remote_code: bool = False) -> Recipe:
+        """The recipe, to load the run's model by.
+
+        Args:
+            trust_remote_code: Let code run that comes with the model, where the recipe says so. Who has the run
+                directory from somebody else hasn't said so.
+
+        Raises:
+            UserError: The recipe says so, and you don't.
+        """
+        if self.recipe.model.trust_remote_code and not trust_remote_code:
+            raise UserError(
+                f"{self.path}: its recipe has model.trust_remote_code: code that comes with {self.recipe.model.name} "
+                "would run. Read it; where you trust it, and who made the run, give --trust-remote-code (in Python: "
+                "trust_remote_code=True)"
+            )
+        return self.recipe
+
     @property
     def best(self) -> Path:
         """The best iteration's adapter (or model)."""
@@ -343,7 +361,13 @@ def _chosen(source: Run, asked: str) -> list[int]:
     return sorted({known[one.strip()] for one in asked.split(",")})
 
 
-def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge: bool = False) -> Path:
+def export(
+    run_path: str | Path,
+    out: str | Path,
+    iteration: str = "best",
+    merge: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write an iteration's adapter, or the merged model, with tokenizer and model card.
 
     Args:
@@ -351,11 +375,13 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
         out: A directory that is new or empty.
         iteration: A number, `best` or `latest`.
         merge: Merge the adapter into the base model's weights.
+        trust_remote_code: Let code run that comes with the model, where the run's recipe says so.
 
     Raises:
-        UserError: There is no such iteration, or `out` isn't empty.
+        UserError: There is no such iteration, `out` isn't empty, or there is code that you don't trust.
     """
     source, out = Run(run_path), Path(out)
+    source.loadable_recipe(trust_remote_code)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and isn't empty; give a new directory")
     if not merge and source.recipe.adapter is not None and source.recipe.model.name.endswith(".gguf"):

@@ -55,6 +55,13 @@ AgainstOption = Annotated[
         "--against", help="Whom the judge holds players against: another player, a model, a JSONL file of answers."
     ),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code that comes with the run's model, where its recipe says so: the directory may be anybody's.",
+    ),
+]
 QuestionsOption = Annotated[
     str | None,
     typer.Option("--questions", help="What is asked: a JSONL file, or a hub dataset. Default: see docs/judging.md."),
@@ -151,13 +158,17 @@ def evaluate(
     judge_max_tokens: JudgeMaxTokensOption = 2048,
     against: AgainstOption = None,
     questions: QuestionsOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Only the held-out measures, of every player that is trained already; with --suite, only benchmarks."""
     from spinlm import selfplay
     from spinlm.api import benchmark, conclude, judge, opened
     from spinlm.evaluation.judge import SUITES, JudgeSettings
 
-    of_run = _recipe_of_run(recipe, overrides) or _recipe(recipe, overrides, model, data)
+    of_run = _recipe_of_run(recipe, overrides, trust_remote_code)
+    if of_run is None and trust_remote_code:
+        raise UserError("--trust-remote-code goes with a run directory: a recipe has model.trust_remote_code")
+    of_run = of_run or _recipe(recipe, overrides, model, data)
     judged = [name for name in suite or () if name in SUITES]
     scored = [name for name in suite or () if name not in SUITES]
     if not suite and (limit or repair or iterations != "all"):
@@ -274,11 +285,12 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
     iteration: Annotated[str, typer.Option("--iteration", help="A number, best, latest, sft or control.")] = "best",
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model's weights.")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Write an iteration, the SFT model or the control as an adapter or a merged model, with tokenizer and card."""
     from spinlm.api import export as export_run
 
-    typer.echo(f"exported to {export_run(run_dir, out, iteration, merge)}")
+    typer.echo(f"exported to {export_run(run_dir, out, iteration, merge, trust_remote_code)}")
 
 
 def _recipe(recipe: str | None, overrides: list[str] | None, model: str | None, data: str | None) -> Any:
@@ -296,15 +308,15 @@ def _recipe(recipe: str | None, overrides: list[str] | None, model: str | None, 
     return load_recipe(recipe, changes)
 
 
-def _recipe_of_run(directory: str | None, overrides: list[str] | None) -> Any:
+def _recipe_of_run(directory: str | None, overrides: list[str] | None, trust_remote_code: bool) -> Any:
     """A run directory's own recipe; None where something else is given."""
-    from spinlm.rundir import RunDir
+    from spinlm.api import Run
 
     if directory is None or not Path(directory).is_dir():
         return None
     if overrides:
         raise UserError(f"{directory}: a run keeps to its own recipe: take {' '.join(overrides)} out")
-    return RunDir(Path(directory)).recipe().model_copy(update={"run_dir": directory})
+    return Run(directory).loadable_recipe(trust_remote_code).model_copy(update={"run_dir": directory})
 
 
 def _report(path: Path, out: Path | None) -> None:
