@@ -176,6 +176,14 @@ def test_a_header_of_other_things(run: Path, name: str, value: object) -> None:
         refused(spinlm(*arguments, cwd=run.parent), f"run.json: its {name} isn't one")
 
 
+def test_a_recipe_that_names_a_file_has_nothing_of_it_shown(run: Path, elsewhere: Path) -> None:
+    header = unsealed(read_json(run / "run.json"))
+    header["recipe"]["prompt"]["chat_template"] = str(elsewhere / "thesis.tex")
+    write_json(run / "run.json", sealed(header))
+    for arguments in READING[:3]:
+        refused(spinlm(*arguments, cwd=run.parent), "run.json: prompt.chat_template: no Jinja template")
+
+
 def test_a_header_without_a_recipe(run: Path) -> None:
     header = unsealed(read_json(run / "run.json"))
     write_json(run / "run.json", sealed({name: header[name] for name in header if name != "recipe"}))
