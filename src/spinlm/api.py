@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from spinlm import interruption
 from spinlm.config import ModelSection, Recipe, refuse_secrets
 from spinlm.errors import OutOfMemory, UserError, writing
+from spinlm.paths import found
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.card import model_card
 from spinlm.reporting.diagnostics import diagnostics
@@ -382,7 +383,7 @@ def export(
     """
     source, out = Run(run_path), Path(out)
     source.loadable_recipe(trust_remote_code)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if found(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and isn't empty; give a new directory")
     if not merge and source.recipe.adapter is not None and source.recipe.model.name.endswith(".gguf"):
         raise UserError(
@@ -436,7 +437,8 @@ def _card(run: RunDir, name: str, merged: bool) -> str:
 
 def _name_the_base(config: Path, base: ModelSection) -> None:
     """An adapter finds its base by name and revision: a local name has to hold wherever it is loaded from."""
-    name = str(Path(base.name).resolve()) if Path(base.name).exists() else base.name
+    here = found(base.name)
+    name = str(here.resolve()) if here else base.name
     try:
         settings = dict(read_json(config))
     except (ValueError, TypeError, OSError):

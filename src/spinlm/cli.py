@@ -16,6 +16,7 @@ import typer
 
 from spinlm import interruption
 from spinlm.errors import UserError, disk_trouble, without_secrets
+from spinlm.paths import found
 
 app = typer.Typer(
     help="SPIN: self-play fine-tuning for any Hugging Face causal language model.",
@@ -297,7 +298,7 @@ def _recipe(recipe: str | None, overrides: list[str] | None, model: str | None, 
     from spinlm.config import load_recipe
 
     changes = list(overrides or [])
-    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+    if recipe is not None and "=" in recipe and found(recipe) is None:
         changes.insert(0, recipe)
         recipe = None
     for key, value in (("model.name", model), ("data.source", data)):
@@ -312,7 +313,8 @@ def _recipe_of_run(directory: str | None, overrides: list[str] | None, trust_rem
     """A run directory's own recipe; None where something else is given."""
     from spinlm.api import Run
 
-    if directory is None or not Path(directory).is_dir():
+    place = None if directory is None else found(directory)
+    if directory is None or place is None or not place.is_dir():
         return None
     if overrides:
         raise UserError(f"{directory}: a run keeps to its own recipe: take {' '.join(overrides)} out")
@@ -391,21 +393,29 @@ def main() -> None:
         with interruption.listening(owns_process=True):
             app()
     except UserError as error:
-        if os.environ.get("SPINLM_TRACEBACK") == "1":
-            _show_traceback(error)
-        _fail(str(error))
+        _fail(str(error), of=error)
     except interruption.Interrupted as stop:
         _fail(str(stop), stop.exit_code)
     except Exception as error:
-        if _is_out_of_memory(error):
-            _fail(
-                "memory has run out. Nothing committed is lost: what else runs on this machine or its GPU takes memory "
-                "too, and spinlm plan RECIPE says what a run needs."
-            )
-        if trouble := disk_trouble(error, "the disk"):
-            _fail(str(trouble))
+        if trouble := _trouble(error):
+            _fail(str(trouble), of=error)
         _show_traceback(error)
         raise SystemExit(1) from None
+
+
+def _trouble(error: Exception) -> UserError | None:
+    """What to say of the machine's troubles; None where the error isn't one."""
+    if _is_out_of_memory(error):
+        return UserError(
+            "memory has run out. Nothing committed is lost: what else runs on this machine or its GPU takes memory "
+            "too, and spinlm plan RECIPE says what a run needs."
+        )
+    if trouble := disk_trouble(error, "the disk"):
+        return trouble
+    if isinstance(error, OSError) and error.filename is not None:
+        how = "SPINLM_TRACEBACK=1 in the environment shows where that came up"
+        return UserError(f"{error.filename}: {error.strerror}. Nothing committed is lost; {how}")
+    return None
 
 
 def _show_traceback(error: Exception) -> None:
@@ -443,7 +453,10 @@ def _quieten_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def _fail(message: str, code: int = 2) -> None:
+def _fail(message: str, code: int = 2, of: Exception | None = None) -> None:
+    """End with a message, and where that is asked for the traceback of what it is about."""
+    if of is not None and os.environ.get("SPINLM_TRACEBACK") == "1":
+        _show_traceback(of)
     _say(f"spinlm: {message}\n")
     if "LOCAL_RANK" in os.environ:  # one process of several: don't wait for the others to end the group
         os._exit(code)

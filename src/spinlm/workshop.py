@@ -24,7 +24,7 @@ from spinlm.data.formats import load_examples
 from spinlm.data.pairs import Group
 from spinlm.data.prepare import Split, TokenizedExample, prepare
 from spinlm.data.render import Renderer
-from spinlm.data.sources import commit_of
+from spinlm.data.sources import commit_of, local
 from spinlm.errors import UserError
 from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
@@ -109,8 +109,8 @@ class Workshop:
     @cached_property
     def data(self) -> Split:
         """The dataset, tokenised and split; read from the run directory once it is there."""
-        source = Path(self.recipe.data.source).expanduser()
-        files = file_hashes(source) if source.exists() else None
+        source = local(self.recipe.data)
+        files = file_hashes(source) if source else None
         artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
         check_context(self.recipe, context_length(self.players.config))
         if self.processes.is_main_process and self._needs_making(artifact):

@@ -25,6 +25,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from spinlm.errors import UserError, first_line, nearest
+from spinlm.paths import expanded
 from spinlm.rundir import file_hash, file_hashes
 
 TASK_FILES = (".yaml", ".yml")
@@ -402,7 +403,7 @@ def _refuse_code(path: Path) -> None:
     from lm_eval.api.registry import metric_registry
 
     what_to_do = "which isn't done here: export the player, and use lm-eval's own command where that does no harm"
-    left, seen = [path.expanduser()], set[Path]()
+    left, seen = [expanded(path)], set[Path]()
     while left:
         file = left.pop().resolve()
         if file in seen or file.is_relative_to(Path(lm_eval.__file__).parent):
