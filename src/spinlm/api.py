@@ -217,16 +217,17 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
     if not stages.processes.is_main_process:
         return
     run_dir = stages.run
-    summary = summarise(run_dir)
-    report = Report(summary, _samples(stages, evaluations))
-    run_dir.put("report.md", report.markdown())
-    if stages.data.held_out:
-        stages.progress.console.print(report.table())
-    stages.progress.say(verdict(summary))
-    _say_samples(stages, report)
-    if stages.page.conclude():
-        stages.progress.say(f"report: {run_dir.path / 'report.html'}")
-    stages.progress.say(closing_words(run_dir, summary))
+    with reading(run_dir.path):
+        summary = summarise(run_dir)
+        report = Report(summary, _samples(stages, evaluations))
+        run_dir.put("report.md", report.markdown())
+        if stages.data.held_out:
+            stages.progress.console.print(report.table())
+        stages.progress.say(verdict(summary))
+        _say_samples(stages, report)
+        if stages.page.conclude():
+            stages.progress.say(f"report: {run_dir.path / 'report.html'}")
+        stages.progress.say(closing_words(run_dir, summary))
 
 
 def _samples(stages: Stages, evaluations: list[Evaluation]) -> list[Sample]:

@@ -203,6 +203,31 @@ def test_depth_is_no_way_in(run: Path) -> None:
     refused(spinlm("status", "run", cwd=run.parent), "run.json", "nested too deeply")
 
 
+FORGED = {
+    "data/train.jsonl": '{"id": "x"}\n',
+    "layout.json": '{"layout": "nosuch"}\n',
+    "evaluation/sft/sampled/00000.jsonl": '{"id": "x", "responses": [{"token_ids": [1]}]}\n',
+    "evaluation/base/examples.jsonl": "[]\n",
+    "iterations/0/opponent_logprobs/00000.jsonl": '{"id": "x", "real": 0.5, "others": {}}\n',
+    "iterations/1/training.jsonl": "",
+}
+"""What is in a file, under a record that fits it."""
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_run_reads_what_no_run_writes_and_says_so(copied: Path, name: str) -> None:
+    run = RunDir(copied / "runs/recipe")
+    (run.path / name).write_text(FORGED[name])
+    key = "data" if name.startswith("data/") else name
+    record = run.record(key)
+    record["files"] = file_hashes(run.path / key)
+    record["hash"] = digest(record["files"])
+    write_json(run.record_path(key), sealed(record))
+    before = contents(run.path)
+    assert refused(spinlm(*RUN, cwd=copied), "runs/recipe/")
+    assert contents(run.path) == before
+
+
 def test_what_no_run_writes_is_one_message_and_its_traceback_can_be_had(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
