@@ -44,6 +44,7 @@ from spinlm.rundir import (
     Inputs,
     copy,
     digest,
+    reading,
     write_json,
     write_jsonl,
 )
@@ -409,7 +410,8 @@ class Stages(Workshop):
         """Let `latest` and `best` point to the main players that are so by now."""
         if self.processes.is_main_process:
             latest = len(list(takewhile(self.is_trained, range(self.recipe.iterations)))) - 1
-            best = summarise(self.run).best
+            with reading(self.run.path):
+                best = summarise(self.run).best
             for name, iteration in (("latest", latest), ("best", latest if best is None else iteration_of(best))):
                 self.run.point(name, self._weights_key(f"iterations/{iteration}"))
 

@@ -209,7 +209,7 @@ FORGED = {
     "evaluation/sft/sampled/00000.jsonl": '{"id": "x", "responses": [{"token_ids": [1]}]}\n',
     "evaluation/base/examples.jsonl": "[]\n",
     "iterations/0/opponent_logprobs/00000.jsonl": '{"id": "x", "real": 0.5, "others": {}}\n',
-    "iterations/1/training.jsonl": "",
+    "iterations/1/diagnostics.json": "null",
 }
 """What is in a file, under a record that fits it."""
 
@@ -224,7 +224,7 @@ def test_a_run_reads_what_no_run_writes_and_says_so(copied: Path, name: str) -> 
     record["hash"] = digest(record["files"])
     write_json(run.record_path(key), sealed(record))
     before = contents(run.path)
-    assert refused(spinlm(*RUN, cwd=copied), "runs/recipe/")
+    refused(spinlm(*RUN, cwd=copied), "runs/recipe", "holds something that no run writes")
     assert contents(run.path) == before
 
 
