@@ -246,9 +246,10 @@ def evaluate_task(
                 apply_chat_template=chat_template,
                 fewshot_as_multiturn=chat_template,
             )
-    except (RuntimeError, OSError, MemoryError):  # the machine's
-        raise
-    except Exception as error:  # the task's: its templates, its filters, its own code
+    except Exception as error:
+        of_the_task = isinstance(error, (RecursionError, NotImplementedError))  # though they are RuntimeErrors
+        if isinstance(error, (RuntimeError, OSError, MemoryError)) and not of_the_task:
+            raise  # the machine's; else the task's: its templates, its filters, its own code
         raise UserError(f"{task}: lm-eval can't ask this model that: {_reason(error)}") from error
     names = list(loaded["groups"]) or list(loaded["tasks"])
     return _result(results, names[0], "truncat" in " ".join(heard).lower())
