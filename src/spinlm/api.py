@@ -286,7 +286,8 @@ def benchmark(
 
 def _show_benchmarks(stages: Stages, folders: Sequence[str]) -> None:
     """All tables in a file, those of these folders on the terminal."""
-    tables = benchmark_tables(stages.run)
+    with reading(stages.run.path):
+        tables = benchmark_tables(stages.run)
     path = stages.run.put("benchmarks.md", "# Benchmarks\n\n" + "\n".join(table.markdown() for table in tables))
     for table in tables:
         if table.folder in folders:
@@ -332,7 +333,9 @@ def judge(
         if repair and stages.processes.is_main_process:
             stages.run.repair("benchmarks/answers/", *(f"benchmarks/{suite}/" for suite in suites))
         keys = judge_run(stages, Judging(suites, names, against, questions, limit, repair), settings)
-        for table in judged_tables(stages.run, keys):
+        with reading(stages.run.path):
+            tables = judged_tables(stages.run, keys)
+        for table in tables:
             stages.progress.console.print(table.rich())
         for key in keys:
             stages.progress.say(f"{key.split('/')[1]}: {stages.run.path / key}")
@@ -386,13 +389,15 @@ def export(
     source.loadable_recipe(trust_remote_code)
     if found(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and isn't empty; give a new directory")
+    if out.resolve() == Path.cwd():
+        raise UserError(f"{out}: the working directory itself; give a new one, in it or elsewhere")
     if not merge and source.recipe.adapter is not None and source.recipe.model.name.endswith(".gguf"):
         raise UserError(
             f"{source.path}: its base is a GGUF file, which an adapter alone can't name: export with --merge"
         )
     name, weights = _weights_of(source, iteration)
     with writing(out):
-        _export(source, name, weights, out, merge)
+        _export(source, name, weights, out.resolve(), merge)
     return out
 
 
