@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from spinlm import interruption
 from spinlm.config import ModelSection, Recipe, refuse_secrets
 from spinlm.errors import OutOfMemory, UserError, writing
+from spinlm.paths import found
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.card import model_card
 from spinlm.reporting.diagnostics import diagnostics
@@ -64,6 +65,24 @@ class Run:
     @cached_property
     def recipe(self) -> Recipe:
         return self._run_dir.recipe()
+
+    def loadable_recipe(self, trust_remote_code: bool = False) -> Recipe:
+        """The recipe, to load the run's model by.
+
+        Args:
+            trust_remote_code: Let code run that comes with the model, where the recipe says so. Who has the run
+                directory from somebody else hasn't said so.
+
+        Raises:
+            UserError: The recipe says so, and you don't.
+        """
+        if self.recipe.model.trust_remote_code and not trust_remote_code:
+            raise UserError(
+                f"{self.path}: its recipe has model.trust_remote_code: code that comes with {self.recipe.model.name} "
+                "would run. Read it; where you trust it, and who made the run, give --trust-remote-code (in Python: "
+                "trust_remote_code=True)"
+            )
+        return self.recipe
 
     @property
     def best(self) -> Path:
@@ -207,16 +226,17 @@ def conclude(stages: Stages, evaluations: list[Evaluation]) -> None:
     if not stages.processes.is_main_process:
         return
     run_dir = stages.run
-    summary = summarise(run_dir)
-    report = Report(summary, _samples(stages, evaluations))
-    run_dir.put("report.md", report.markdown())
-    if stages.data.held_out:
-        stages.progress.console.print(report.table())
-    stages.progress.say(verdict(summary))
-    _say_samples(stages, report)
-    if stages.page.conclude():
-        stages.progress.say(f"report: {run_dir.path / 'report.html'}")
-    stages.progress.say(closing_words(run_dir, summary))
+    with reading(run_dir.path):
+        summary = summarise(run_dir)
+        report = Report(summary, _samples(stages, evaluations))
+        run_dir.put("report.md", report.markdown())
+        if stages.data.held_out:
+            stages.progress.console.print(report.table())
+        stages.progress.say(verdict(summary))
+        _say_samples(stages, report)
+        if stages.page.conclude():
+            stages.progress.say(f"report: {run_dir.path / 'report.html'}")
+        stages.progress.say(closing_words(run_dir, summary))
 
 
 def _samples(stages: Stages, evaluations: list[Evaluation]) -> list[Sample]:
@@ -275,7 +295,8 @@ def benchmark(
 
 def _show_benchmarks(stages: Stages, folders: Sequence[str]) -> None:
     """All tables in a file, those of these folders on the terminal."""
-    tables = benchmark_tables(stages.run)
+    with reading(stages.run.path):
+        tables = benchmark_tables(stages.run)
     path = stages.run.put("benchmarks.md", "# Benchmarks\n\n" + "\n".join(table.markdown() for table in tables))
     for table in tables:
         if table.folder in folders:
@@ -321,7 +342,9 @@ def judge(
         if repair and stages.processes.is_main_process:
             stages.run.repair("benchmarks/answers/", *(f"benchmarks/{suite}/" for suite in suites))
         keys = judge_run(stages, Judging(suites, names, against, questions, limit, repair), settings)
-        for table in judged_tables(stages.run, keys):
+        with reading(stages.run.path):
+            tables = judged_tables(stages.run, keys)
+        for table in tables:
             stages.progress.console.print(table.rich())
         for key in keys:
             stages.progress.say(f"{key.split('/')[1]}: {stages.run.path / key}")
@@ -352,7 +375,13 @@ def _chosen(source: Run, asked: str) -> list[int]:
     return sorted({known[one.strip()] for one in asked.split(",")})
 
 
-def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge: bool = False) -> Path:
+def export(
+    run_path: str | Path,
+    out: str | Path,
+    iteration: str = "best",
+    merge: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write an iteration's adapter, or the merged model, with tokenizer and model card.
 
     Args:
@@ -360,20 +389,24 @@ def export(run_path: str | Path, out: str | Path, iteration: str = "best", merge
         out: A directory that is new or empty.
         iteration: A number, `best` or `latest`.
         merge: Merge the adapter into the base model's weights.
+        trust_remote_code: Let code run that comes with the model, where the run's recipe says so.
 
     Raises:
-        UserError: There is no such iteration, or `out` isn't empty.
+        UserError: There is no such iteration, `out` isn't empty, or there is code that you don't trust.
     """
     source, out = Run(run_path), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    source.loadable_recipe(trust_remote_code)
+    if found(out) and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists and isn't empty; give a new directory")
+    if out.resolve() == Path.cwd():
+        raise UserError(f"{out}: the working directory itself; give a new one, in it or elsewhere")
     if not merge and source.recipe.adapter is not None and source.recipe.model.name.endswith(".gguf"):
         raise UserError(
             f"{source.path}: its base is a GGUF file, which an adapter alone can't name: export with --merge"
         )
     name, weights = _weights_of(source, iteration)
     with writing(out):
-        _export(source, name, weights, out, merge)
+        _export(source, name, weights, out.resolve(), merge)
     return out
 
 
@@ -421,7 +454,8 @@ def _card(run: RunDir, name: str, merged: bool) -> str:
 
 def _name_the_base(config: Path, base: ModelSection) -> None:
     """An adapter finds its base by name and revision: a local name has to hold wherever it is loaded from."""
-    name = str(Path(base.name).resolve()) if Path(base.name).exists() else base.name
+    here = found(base.name)
+    name = str(here.resolve()) if here else base.name
     try:
         settings = dict(read_json(config))
     except (ValueError, TypeError, OSError):

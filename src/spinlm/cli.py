@@ -16,6 +16,7 @@ import typer
 
 from spinlm import interruption
 from spinlm.errors import UserError, disk_trouble, without_secrets
+from spinlm.paths import found
 
 app = typer.Typer(
     help="SPIN: self-play fine-tuning for any Hugging Face causal language model.",
@@ -53,6 +54,13 @@ AgainstOption = Annotated[
     str | None,
     typer.Option(
         "--against", help="Whom the judge holds players against: another player, a model, a JSONL file of answers."
+    ),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the code that comes with the run's model, where its recipe says so: the directory may be anybody's.",
     ),
 ]
 QuestionsOption = Annotated[
@@ -151,13 +159,17 @@ def evaluate(
     judge_max_tokens: JudgeMaxTokensOption = 2048,
     against: AgainstOption = None,
     questions: QuestionsOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Only the held-out measures, of every player that is trained already; with --suite, only benchmarks."""
     from spinlm import selfplay
     from spinlm.api import benchmark, conclude, judge, opened
     from spinlm.evaluation.judge import SUITES, JudgeSettings
 
-    of_run = _recipe_of_run(recipe, overrides) or _recipe(recipe, overrides, model, data)
+    of_run = _recipe_of_run(recipe, overrides, trust_remote_code)
+    if of_run is None and trust_remote_code:
+        raise UserError("--trust-remote-code goes with a run directory: a recipe has model.trust_remote_code")
+    of_run = of_run or _recipe(recipe, overrides, model, data)
     judged = [name for name in suite or () if name in SUITES]
     scored = [name for name in suite or () if name not in SUITES]
     if not suite and (limit or repair or iterations != "all"):
@@ -274,18 +286,19 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
     iteration: Annotated[str, typer.Option("--iteration", help="A number, best, latest, sft or control.")] = "best",
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base model's weights.")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Write an iteration, the SFT model or the control as an adapter or a merged model, with tokenizer and card."""
     from spinlm.api import export as export_run
 
-    typer.echo(f"exported to {export_run(run_dir, out, iteration, merge)}")
+    typer.echo(f"exported to {export_run(run_dir, out, iteration, merge, trust_remote_code)}")
 
 
 def _recipe(recipe: str | None, overrides: list[str] | None, model: str | None, data: str | None) -> Any:
     from spinlm.config import load_recipe
 
     changes = list(overrides or [])
-    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+    if recipe is not None and "=" in recipe and found(recipe) is None:
         changes.insert(0, recipe)
         recipe = None
     for key, value in (("model.name", model), ("data.source", data)):
@@ -296,15 +309,16 @@ def _recipe(recipe: str | None, overrides: list[str] | None, model: str | None, 
     return load_recipe(recipe, changes)
 
 
-def _recipe_of_run(directory: str | None, overrides: list[str] | None) -> Any:
+def _recipe_of_run(directory: str | None, overrides: list[str] | None, trust_remote_code: bool) -> Any:
     """A run directory's own recipe; None where something else is given."""
-    from spinlm.rundir import RunDir
+    from spinlm.api import Run
 
-    if directory is None or not Path(directory).is_dir():
+    place = None if directory is None else found(directory)
+    if directory is None or place is None or not place.is_dir():
         return None
     if overrides:
         raise UserError(f"{directory}: a run keeps to its own recipe: take {' '.join(overrides)} out")
-    return RunDir(Path(directory)).recipe().model_copy(update={"run_dir": directory})
+    return Run(directory).loadable_recipe(trust_remote_code).model_copy(update={"run_dir": directory})
 
 
 def _report(path: Path, out: Path | None) -> None:
@@ -373,30 +387,56 @@ def _iteration(stages: Any, stage: str, asked: int | None) -> int:
 
 def main() -> None:
     """Entry point: errors for people go to standard error, with exit code 2, without a traceback unless asked for."""
+    _open_closed_streams()
     _quieten_libraries()
     try:
         with interruption.listening(owns_process=True):
             app()
     except UserError as error:
-        if os.environ.get("SPINLM_TRACEBACK") == "1":
-            _show_traceback(error)
-        _fail(str(error))
+        _fail(str(error), of=error)
     except interruption.Interrupted as stop:
         _fail(str(stop), stop.exit_code)
     except Exception as error:
-        if _is_out_of_memory(error):
-            _fail(
-                "memory has run out. Nothing committed is lost: what else runs on this machine or its GPU takes memory "
-                "too, and spinlm plan RECIPE says what a run needs."
-            )
-        if trouble := disk_trouble(error, "the disk"):
-            _fail(str(trouble))
+        if trouble := _trouble(error):
+            _fail(str(trouble), of=error)
         _show_traceback(error)
         raise SystemExit(1) from None
 
 
+def _trouble(error: Exception) -> UserError | None:
+    """What to say of the machine's troubles; None where the error isn't one."""
+    if _is_out_of_memory(error):
+        return UserError(
+            "memory has run out. Nothing committed is lost: what else runs on this machine or its GPU takes memory "
+            "too, and spinlm plan RECIPE says what a run needs."
+        )
+    if trouble := disk_trouble(error, "the disk"):
+        return trouble
+    if isinstance(error, OSError) and error.filename is not None:
+        how = "SPINLM_TRACEBACK=1 in the environment shows where that came up"
+        return UserError(f"{error.filename}: {error.strerror}. Nothing committed is lost; {how}")
+    return None
+
+
 def _show_traceback(error: Exception) -> None:
-    sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+    _say(without_secrets("".join(traceback.format_exception(error))))
+
+
+def _say(words: str) -> None:
+    """To standard error, after all that was said before. Nobody may be listening any more: the exit code stays."""
+    for stream, last in ((sys.stdout, ""), (sys.stderr, words)):
+        try:
+            stream.write(last)
+            stream.flush()
+        except OSError:  # what is left in it Python would write at the very end, and exit with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _open_closed_streams() -> None:
+    """A standard stream that is closed leads nowhere: the first files to be opened would be in its place."""
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers, of which the lowest free one is taken
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if name == "stdin" else "w"))  # noqa: SIM115 (it stays)
 
 
 def _quieten_libraries() -> None:
@@ -413,9 +453,11 @@ def _quieten_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def _fail(message: str, code: int = 2) -> None:
-    typer.echo(f"spinlm: {message}", err=True)
-    sys.stderr.flush()
+def _fail(message: str, code: int = 2, of: Exception | None = None) -> None:
+    """End with a message, and where that is asked for the traceback of what it is about."""
+    if of is not None and os.environ.get("SPINLM_TRACEBACK") == "1":
+        _show_traceback(of)
+    _say(f"spinlm: {message}\n")
     if "LOCAL_RANK" in os.environ:  # one process of several: don't wait for the others to end the group
         os._exit(code)
     raise SystemExit(code)

@@ -82,7 +82,7 @@ class PromptSection(Section):
 
     Attributes:
         template: Plain text around one user turn, with `{prompt}` in it.
-        chat_template: A Jinja chat template, or the path of a file that holds one.
+        chat_template: A Jinja chat template; in a recipe's file or an override, also the path of a file with one.
     """
 
     template: str | None = None
@@ -90,14 +90,11 @@ class PromptSection(Section):
 
     @field_validator("chat_template")
     @classmethod
-    def _read_file(cls, value: str | None) -> str | None:
-        """The Jinja text itself, so that the recipe holds what the run depends on."""
-        if value is None or "{" in value:
-            return value
-        try:
-            return _read_text(Path(value))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{value}: can't be read: {error}") from None
+    def _text_itself(cls, value: str | None) -> str | None:
+        """No file is opened by a name in it: a recipe may come from anybody's run directory."""
+        if value is not None and "{" not in value:
+            raise ValueError("no Jinja template: it has no { in it")
+        return value
 
     @model_validator(mode="after")
     def _one_of_them(self) -> PromptSection:
@@ -548,7 +545,20 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     for override in overrides:
         tree = _merged(tree, _parse_override(override))
     tree.setdefault("run_dir", _default_run_dir(path, tree))
-    return recipe_from(tree, where=str(path) if path else "the command line")
+    where = str(path) if path else "the command line"
+    return recipe_from(_with_chat_template(tree, where), where)
+
+
+def _with_chat_template(tree: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The tree with the template's text in place of its file's name: the recipe holds what the run depends on."""
+    prompt = tree.get("prompt")
+    name = prompt.get("chat_template") if isinstance(prompt, Mapping) else None
+    if not isinstance(name, str) or "{" in name:
+        return tree
+    try:
+        return _merged(tree, {"prompt": {"chat_template": _read_text(Path(name))}})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: prompt.chat_template: {name}: can't be read: {error}") from None
 
 
 def recipe_from(tree: Mapping[str, Any], where: str) -> Recipe:

@@ -44,6 +44,7 @@ from spinlm.rundir import (
     Inputs,
     copy,
     digest,
+    reading,
     write_json,
     write_jsonl,
 )
@@ -317,7 +318,7 @@ class Stages(Workshop):
                 rows = [asdict(pair) for pair in make()]
                 with artifact.staging() as place:
                     write_jsonl(place, rows)
-            return [Pair(**row) for row in self.run.committed_rows(artifact.key)]
+            return self._committed_rows(Pair, artifact.key)
 
         return RegeneratingTrainer(
             model, args, pairs, pad_id=pad_id, method=method, every=every, answer=answer, keep=keep
@@ -378,7 +379,7 @@ class Stages(Workshop):
                 write_json(place, {name: asdict(value) for name, value in measure(examples).items()})
             self.page.update(now=True)
         self.processes.wait_for_everyone()
-        examples = [HeldOutExample.of(row) for row in self.run.committed_rows(rows.key)]
+        examples = self._committed_rows(HeldOutExample, rows.key)
         return Evaluation(player, sampled, greedy, scores, examples, self.run.committed_json(measures.key))
 
     def diagnose(self, iteration: int, answers: Answers, player: Evaluation, opponent: Evaluation) -> None:
@@ -409,7 +410,8 @@ class Stages(Workshop):
         """Let `latest` and `best` point to the main players that are so by now."""
         if self.processes.is_main_process:
             latest = len(list(takewhile(self.is_trained, range(self.recipe.iterations)))) - 1
-            best = summarise(self.run).best
+            with reading(self.run.path):
+                best = summarise(self.run).best
             for name, iteration in (("latest", latest), ("best", latest if best is None else iteration_of(best))):
                 self.run.point(name, self._weights_key(f"iterations/{iteration}"))
 

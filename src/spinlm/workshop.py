@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
+from pydantic import TypeAdapter, ValidationError
 from transformers.integrations import WandbCallback, get_reporting_integration_callbacks
 
 from spinlm import interruption
@@ -24,7 +25,7 @@ from spinlm.data.formats import load_examples
 from spinlm.data.pairs import Group
 from spinlm.data.prepare import Split, TokenizedExample, prepare
 from spinlm.data.render import Renderer
-from spinlm.data.sources import commit_of, files_in
+from spinlm.data.sources import commit_of, files_in, local
 from spinlm.errors import UserError
 from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
@@ -52,6 +53,7 @@ from spinlm.rundir import (
     file_hashes,
     make_directory,
     read_json,
+    reading,
     refuse_way_out,
     sealed,
     unsealed,
@@ -62,6 +64,27 @@ from spinlm.training.checkpoints import Arguments, EachCheckpoint, last_checkpoi
 
 COMMANDS = {"data": "generate", "sft": "generate", "score": "train", "control": "run"}
 """The command that runs a stage, where it isn't called after it."""
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """A row of a shard of responses."""
+
+    id: str
+    responses: list[Response]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A row of a shard of log-probs."""
+
+    id: str
+    real: float
+    others: dict[str, list[float]]
+
+
+Read = TypeVar("Read")
+Row = TypeVar("Row", _Answered, _Scored)
 
 
 class Workshop:
@@ -115,8 +138,8 @@ class Workshop:
     @cached_property
     def data(self) -> Split:
         """The dataset, tokenised and split; read from the run directory once it is there."""
-        source = Path(self.recipe.data.source).expanduser()
-        files = _dataset_hashes(source) if source.exists() else None
+        source = local(self.recipe.data)
+        files = _dataset_hashes(source) if source else None
         artifact = self.run.artifact("data", "data", self._inputs("data", "prompt", "model", "seed", files=files))
         check_context(self.recipe, context_length(self.players.config))
         if self.processes.is_main_process and self._needs_making(artifact):
@@ -132,9 +155,9 @@ class Workshop:
                     write_json(place / ORIGIN, origin)
         self.processes.wait_for_everyone()
         split = Split(
-            train=[TokenizedExample(**row) for row in self.run.committed_rows("data", "train.jsonl")],
-            held_out=[TokenizedExample(**row) for row in self.run.committed_rows("data", "held_out.jsonl")],
-            dropped=[Dropped(**row) for row in self.run.committed_rows("data", "dropped.jsonl")],
+            train=self._committed_rows(TokenizedExample, "data", "train.jsonl"),
+            held_out=self._committed_rows(TokenizedExample, "data", "held_out.jsonl"),
+            dropped=self._committed_rows(Dropped, "data", "dropped.jsonl"),
         )
         _check_measure(self.recipe, split)  # again: a forked run measures the same data by another recipe
         self._say_data(split)
@@ -166,6 +189,27 @@ class Workshop:
         dropped = "".join(f"; dropped {count}: {reason}" for reason, count in split.drop_counts().items())
         self.progress.say(f"data: {len(split.train)} examples to train on, {len(split.held_out)} held out{dropped}")
 
+    def _committed_rows(self, kind: type[Read], key: str, name: str = "") -> list[Read]:
+        """The rows of a committed file as what they were written from; see `RunDir.committed_rows`.
+
+        Raises:
+            UserError: They are something else, though their record fits.
+        """
+        return self._read(kind, self.run.committed_rows(key, name), f"{key}/{name}".rstrip("/"))
+
+    def _read(self, kind: type[Read], rows: list[Any], key: str) -> list[Read]:
+        reader: TypeAdapter[list[Read]] = TypeAdapter(list[kind])  # type: ignore[valid-type]
+        try:
+            return reader.validate_python(rows)
+        except ValidationError as error:
+            (row, *keys), what = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        where = f"{self.run.path / key}[{row}]{': ' if keys else ''}{'.'.join(map(str, keys))}"
+        raise UserError(f"{where}: holds something that no run writes: {what}")
+
+    def _check_rows(self, folder: str, all_fit: bool) -> None:
+        if not all_fit:
+            raise UserError(f"{self.run.path / folder}: holds something that no run writes: too many rows, or too few")
+
     # --- answers and scores ---
 
     def answer_prompts(self, folder: str, title: str, player: Player, prompts: Sequence[TokenizedExample]) -> Answers:
@@ -195,7 +239,7 @@ class Workshop:
             engine=self._engine_name,
         )
 
-        def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
+        def make(shard: range, on_progress: OnProgress) -> list[_Answered]:
             asked = [examples[place] for place in shard]
             requests = [
                 Request(e.prompt_ids, request_seed(self.recipe.seed, folder, e.id, i)) for e in asked for i in range(k)
@@ -203,10 +247,11 @@ class Workshop:
             memory = enough_memory(title, "generate", "Lower generation.batch_size or generation.max_new_tokens")
             with memory, self.players.autocast():
                 responses = iter(self._engine(player).generate(requests, sampling, on_progress))
-            return [{"id": e.id, "responses": [asdict(r) for r in islice(responses, k)]} for e in asked]
+            return [_Answered(e.id, list(islice(responses, k))) for e in asked]
 
-        rows, name = self._shards(folder, title, len(examples), k, inputs, make)
-        return Answers([[Response(**response) for response in row["responses"]] for row in rows], name)
+        rows, name = self._shards(_Answered, folder, title, len(examples), k, inputs, make)
+        self._check_rows(folder, all(len(row.responses) == k for row in rows))
+        return Answers([row.responses for row in rows], name)
 
     def _choose_engine(self) -> EngineName:
         """Refused now, not when much is done already; but where nothing is generated, nothing is refused."""
@@ -245,18 +290,16 @@ class Workshop:
         return TransformersEngine(model, self.renderer, size, halved)
 
     def _noted_size(self, note: Path) -> int | None:
-        try:
+        with suppress(ValueError, IsADirectoryError):
             size = unsealed(read_json(note)).get("batch_size")
-        except ValueError:
-            size = None
-        if isinstance(size, int) and size > 0:
-            return size
+            if isinstance(size, int) and size > 0:
+                return size
         if not self._repair:
             raise UserError(
                 f"{note}: not what was written; spinlm run with --repair removes it, and generation.batch_size holds "
                 "again"
             )
-        note.unlink()
+        shutil.rmtree(note) if note.is_dir() else note.unlink()
         self.progress.say(f"{note}: not what was written, so generation.batch_size holds again")
         return self.recipe.generation.batch_size
 
@@ -277,7 +320,7 @@ class Workshop:
         )
         each = 1 + sum(len(answers[0]) for answers in others.values() if answers)
 
-        def make(shard: range, on_progress: OnProgress) -> list[dict[str, Any]]:
+        def make(shard: range, on_progress: OnProgress) -> list[_Scored]:
             rows = []
             for place in shard:
                 ids = {source: [r.token_ids for r in answers[place]] for source, answers in others.items()}
@@ -285,10 +328,16 @@ class Workshop:
             with enough_memory(title, "score", self._less_to_score()):
                 return self._score_shard(player, rows, on_progress)
 
-        rows, name = self._shards(folder, title, len(examples), each, inputs, make)
+        rows, name = self._shards(_Scored, folder, title, len(examples), each, inputs, make)
+        scored = [
+            (row.others.get(source, []), answers[place])
+            for source, answers in others.items()
+            for place, row in enumerate(rows)
+        ]
+        self._check_rows(folder, all(len(logprobs) == len(responses) for logprobs, responses in scored))
         return Scores(
-            real=[row["real"] for row in rows],
-            others={source: [row["others"][source] for row in rows] for source in others},
+            real=[row.real for row in rows],
+            others={source: [row.others[source] for row in rows] for source in others},
             hash=name,
         )
 
@@ -297,7 +346,7 @@ class Workshop:
         player: Player,
         rows: Sequence[tuple[TokenizedExample, dict[str, list[list[int]]]]],
         on_progress: OnProgress,
-    ) -> list[dict[str, Any]]:
+    ) -> list[_Scored]:
         """Each different response of an example once."""
         different = [
             list(dict.fromkeys(map(tuple, [example.real_ids, *chain.from_iterable(others.values())])))
@@ -315,11 +364,11 @@ class Workshop:
                 tokens = count_tokens([groups[place] for place in places], method.layout)
                 on_progress(tokens, sum(map(len, values)))
         return [
-            {
-                "id": example.id,
-                "real": known[tuple(example.real_ids)],
-                "others": {source: [known[tuple(ids)] for ids in answers] for source, answers in others.items()},
-            }
+            _Scored(
+                example.id,
+                known[tuple(example.real_ids)],
+                {source: [known[tuple(ids)] for ids in answers] for source, answers in others.items()},
+            )
             for (example, others), known in zip(rows, logprobs, strict=True)
         ]
 
@@ -361,8 +410,8 @@ class Workshop:
             artifact = self.run.artifact("layout.json", "data", inputs)
             with self.processes.main_process_first():  # which copies it, in a forked run
                 is_settled = artifact.is_committed()
-            settled = self.run.committed_json(artifact.key) if is_settled else None
-            method = Method(**settled) if settled else self._choose_method(player, examples)
+            settled = [self.run.committed_json(artifact.key)] if is_settled else []
+            (method,) = self._read(Method, settled, artifact.key) or [self._choose_method(player, examples)]
             self.processes.wait_for_everyone()
             if self.processes.is_main_process and not is_settled:
                 with artifact.staging() as place:
@@ -381,13 +430,14 @@ class Workshop:
 
     def _shards(
         self,
+        kind: type[Row],
         folder: str,
         title: str,
         count: int,
         each: int,
         inputs: Inputs,
-        make: Callable[[range, OnProgress], list[dict[str, Any]]],
-    ) -> tuple[list[dict[str, Any]], str]:
+        make: Callable[[range, OnProgress], list[Row]],
+    ) -> tuple[list[Row], str]:
         """Rows for `count` examples with `each` responses, and their hash; the processes share out the shards."""
         size, stage = self.recipe.generation.shard_size, _stage(title)
         shards = [range(start, min(start + size, count)) for start in range(0, count, size)]
@@ -404,12 +454,13 @@ class Workshop:
                     finished = task.done + each * len(shards[number])
                     rows = make(shards[number], task.advance)
                     with artifacts[number].staging() as place:
-                        write_jsonl(place, rows)
+                        write_jsonl(place, [asdict(row) for row in rows])
                     task.advance(0, finished - task.done)
                     self.page.update()
                 timing["tokens"] = task.tokens
         self.processes.wait_for_everyone()
-        rows = [row for artifact in artifacts for row in self.run.committed_rows(artifact.key)]
+        rows = [row for artifact in artifacts for row in self._committed_rows(kind, artifact.key)]
+        self._check_rows(folder, len(rows) == count)
         return rows, digest([artifact.hash for artifact in artifacts])
 
     def _train(
@@ -477,7 +528,9 @@ class Workshop:
 
     def _last_step(self, folder: str) -> int:
         """Of a training that is committed."""
-        return int(self.run.committed_rows(f"{folder}/training.jsonl")[-1]["step"])
+        rows = self.run.committed_rows(f"{folder}/training.jsonl")
+        with reading(self.run.path / folder / "training.jsonl"):
+            return int(rows[-1]["step"])
 
     def _candidates(self, folder: str, inputs: Inputs, before: int) -> list[Artifact]:
         """The weights at each checkpoint before a step."""

@@ -28,6 +28,12 @@ COMMANDS = {
     "export sft": ("export", "run", "out", "--iteration", "sft"),
 }
 
+PLAYING = {
+    "run": ("run", "recipe.yaml", "evaluation.control=true", "run_dir=run"),
+    "evaluate": ("evaluate", "run"),
+}
+"""What reads a finished run whole, and by a model, and does nothing where nothing is changed."""
+
 scalars = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=8)
 anything = st.recursive(
     scalars | st.sampled_from(["../../x", "/etc/passwd", "\0", "\ud800", "x" * 300, "", "."]),
@@ -160,6 +166,37 @@ def test_a_forged_change_is_read(whole: Path) -> None:
 @cases(0.05)
 @given(data=st.data(), command=st.sampled_from(sorted(COMMANDS)), forged=st.booleans(), count=st.integers(1, 3))
 def test_run_directories(whole: Path, data: st.DataObject, command: str, forged: bool, count: int) -> None:
+    _changed(whole, data, forged, count)
+    accepted_or_refused(f"run directories: {command}", lambda: _spinlm(*COMMANDS[command], cwd=whole))
+    assert contents(whole / "elsewhere") == {"thesis.tex": b"keep"}
+
+
+@pytest.fixture(scope="module")
+def played(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has been played, and what isn't its own beside it."""
+    place = shutil.copytree(finished, tmp_path_factory.mktemp("fuzzed") / "played", symlinks=True)
+    (place / "runs/recipe").rename(place / "whole")
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere/thesis.tex").write_text("keep")
+    return place
+
+
+@pytest.mark.parametrize("command", PLAYING)
+def test_what_is_played_and_not_changed_is_accepted(played: Path, command: str) -> None:
+    _forge(_copy(played))
+    succeeded(spinlm(*PLAYING[command], cwd=played))
+
+
+@cases(0.01)
+@given(data=st.data(), command=st.sampled_from(sorted(PLAYING)), count=st.integers(1, 2))
+def test_run_directories_that_are_played(played: Path, data: st.DataObject, command: str, count: int) -> None:
+    _changed(played, data, forged=True, count=count)
+    accepted_or_refused(f"run directories: {command}", lambda: _spinlm(*PLAYING[command], cwd=played))
+    assert contents(played / "elsewhere") == {"thesis.tex": b"keep"}
+
+
+def _changed(whole: Path, data: st.DataObject, forged: bool, count: int) -> None:
+    """A copy of the run, in which some files are something else."""
     run = _copy(whole)
     files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file() or path.is_symlink())
     for name in data.draw(st.lists(st.sampled_from(files), min_size=count, max_size=count, unique=True)):
@@ -167,5 +204,3 @@ def test_run_directories(whole: Path, data: st.DataObject, command: str, forged:
             _change(run / name, data.draw)
     if forged and not any(path.is_fifo() for path in run.rglob("*")):
         _forge(run)
-    accepted_or_refused(f"run directories: {command}", lambda: _spinlm(*COMMANDS[command], cwd=whole))
-    assert contents(whole / "elsewhere") == {"thesis.tex": b"keep"}

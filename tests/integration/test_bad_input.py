@@ -170,6 +170,48 @@ def test_as_a_process(place: Path) -> None:
     assert refused(outcome, "data.jsonl: line 1: not valid JSON").count("\n") == 1
 
 
+LONG = "x" * 300
+JUDGED = ("evaluate", "runs/recipe", "--suite", "arena", "--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("evaluate", LONG), "can't be read"),
+        (("evaluate", "runs/recipe", "--suite", f"{LONG}.yaml"), "name too long"),
+        (("evaluate", "runs/recipe", "--suite", "~nobody-at-all/x.yaml"), "~nobody-at-all/x.yaml: not a task file"),
+        ((*JUDGED, "--questions", f"{LONG}.jsonl"), ".jsonl: "),
+        ((*JUDGED, "--against", LONG), LONG),
+        (("export", "runs/recipe", LONG), "name too long"),
+        ((*RUN, "--fork", LONG), "name too long"),
+        ((*RUN, f"run_dir={LONG}"), "name too long"),
+        ((*RUN, f"data.source={LONG}.jsonl", "run_dir=other"), "no such file"),
+        ((*RUN, f"data.source={LONG}", "run_dir=other"), "the hub said"),
+        ((*RUN, "data.source=~nobody-at-all/x", "run_dir=other"), "~nobody-at-all/x: no such file"),
+        (("status", LONG), "name too long"),
+    ],
+)
+def test_a_name_that_nothing_can_have(copied: Path, arguments: tuple[str, ...], words: str) -> None:
+    message = refused(spinlm(*arguments, cwd=copied))
+    assert words.lower() in message.lower()
+
+
+def test_a_long_value_is_no_path(place: Path) -> None:
+    template = "prompt.chat_template='{{ messages[0].content }}{# " + LONG + " #}'"
+    arguments = ("plan", template, "--model", "./model", "--data", "data.jsonl")
+    refused(spinlm(*arguments, cwd=place), "data.max_length: 1024")  # the first thing that is wrong with the rest
+
+
+@pytest.mark.parametrize(
+    ("launched", "redirected"),
+    [("", "<&- 1>&- 2>&-"), ("", "1>/dev/full 2>/dev/full"), ("LOCAL_RANK=0", "2>/dev/full")],
+)
+def test_nobody_hears_what_is_wrong(tmp_path: Path, redirected: str, launched: str) -> None:
+    """The exit code says it all the same."""
+    command = f"{launched} exec {sys.executable} -m spinlm status nowhere {redirected}"
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 2
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("run", "nothing.yaml"), ("status", "nothing")])
 def test_nothing_heavy_is_imported_where_it_isnt_needed(place: Path, arguments: tuple[str, ...]) -> None:
     outcome = spinlm_process(*arguments, cwd=place, launcher=("-X", "importtime", "-m", "spinlm"))

@@ -99,6 +99,15 @@ def test_an_empty_directory_will_do(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/adapter_model.safetensors").exists()
 
 
+def test_by_dots_or_into_where_one_is(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/below").mkdir(parents=True)
+    for out in (".", "../below"):
+        outcome = spinlm("export", str(finished / "runs/recipe"), out, cwd=tmp_path / "out/below")
+        refused(outcome, f"{out}: the working directory itself")
+    succeeded(spinlm("export", "runs/recipe", f"{tmp_path}/out/below/../below/.", cwd=finished))
+    assert (tmp_path / "out/below/adapter_model.safetensors").exists()
+
+
 @pytest.mark.parametrize("iteration", ["7", "first", "-1", "../../sft"])
 def test_an_unknown_iteration(finished: Path, tmp_path: Path, iteration: str) -> None:
     outcome = spinlm("export", "runs/recipe", str(tmp_path / "out"), "--iteration", iteration, cwd=finished)

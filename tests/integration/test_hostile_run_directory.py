@@ -199,6 +199,14 @@ def test_a_header_of_other_things(run: Path, name: str, value: object) -> None:
         refused(spinlm(*arguments, cwd=run.parent), f"run.json: its {name} isn't one")
 
 
+def test_a_recipe_that_names_a_file_has_nothing_of_it_shown(run: Path, elsewhere: Path) -> None:
+    header = unsealed(read_json(run / "run.json"))
+    header["recipe"]["prompt"]["chat_template"] = str(elsewhere / "thesis.tex")
+    write_json(run / "run.json", sealed(header))
+    for arguments in READING[:3]:
+        refused(spinlm(*arguments, cwd=run.parent), "run.json: prompt.chat_template: no Jinja template")
+
+
 def test_a_header_without_a_recipe(run: Path) -> None:
     header = unsealed(read_json(run / "run.json"))
     write_json(run / "run.json", sealed({name: header[name] for name in header if name != "recipe"}))
@@ -216,6 +224,31 @@ def test_a_header_that_is_no_object(run: Path, content: object) -> None:
 def test_depth_is_no_way_in(run: Path) -> None:
     (run / "run.json").write_text("[" * 100_000)
     refused(spinlm("status", "run", cwd=run.parent), "run.json", "nested too deeply")
+
+
+FORGED = {
+    "data/train.jsonl": '{"id": "x"}\n',
+    "layout.json": '{"layout": "nosuch"}\n',
+    "evaluation/sft/sampled/00000.jsonl": '{"id": "x", "responses": [{"token_ids": [1]}]}\n',
+    "evaluation/base/examples.jsonl": "[]\n",
+    "iterations/0/opponent_logprobs/00000.jsonl": '{"id": "x", "real": 0.5, "others": {}}\n',
+    "iterations/1/diagnostics.json": "null",
+}
+"""What is in a file, under a record that fits it."""
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_run_reads_what_no_run_writes_and_says_so(copied: Path, name: str) -> None:
+    run = RunDir(copied / "runs/recipe")
+    (run.path / name).write_text(FORGED[name])
+    key = "data" if name.startswith("data/") else name
+    record = run.record(key)
+    record["files"] = file_hashes(run.path / key)
+    record["hash"] = digest(record["files"])
+    write_json(run.record_path(key), sealed(record))
+    before = contents(run.path)
+    refused(spinlm(*RUN, cwd=copied), "runs/recipe", "holds something that no run writes")
+    assert contents(run.path) == before
 
 
 def test_what_no_run_writes_is_one_message_and_its_traceback_can_be_had(

@@ -100,13 +100,16 @@ def test_generation_goes_on_with_half_of_the_batch(roomy: Path) -> None:
     refused(spinlm("generate", "recipe.yaml", cwd=roomy), "batch_size/0.json: not what was written; spinlm run with")
 
 
-@pytest.mark.parametrize("said", [{"size": 2}, {"batch_size": None}, {"batch_size": [2]}, {"batch_size": 0}])
-def test_a_sealed_note_of_another_shape_is_refused_and_repaired(place: Path, said: dict[str, Any]) -> None:
+@pytest.mark.parametrize("said", [{"size": 2}, {"batch_size": [2]}, {"batch_size": 0}, None])
+def test_a_note_of_another_shape_is_refused_and_repaired(place: Path, said: dict[str, Any] | None) -> None:
     settings = ("recipe.yaml", "sft=null", "iterations=1", "evaluation.greedy=false")
     note = place / "runs/recipe/batch_size/0.json"
     succeeded(spinlm("generate", *settings, cwd=place))
     forget(place / "runs/recipe", "iterations/0/synthetic/00001.jsonl")
-    write_json(note, sealed(said))
+    if said is None:
+        note.mkdir(parents=True)
+    else:
+        write_json(note, sealed(said))
     refused(spinlm("generate", *settings, cwd=place), "batch_size/0.json: not what was written", "--repair")
     assert "so generation.batch_size holds again" in succeeded(spinlm("run", *settings, "--repair", cwd=place)).out
     assert not note.exists()

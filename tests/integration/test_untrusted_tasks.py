@@ -11,7 +11,7 @@ import lm_eval
 import pytest
 
 from integration import tasks
-from integration.command import refused, spinlm
+from integration.command import refused, rows, spinlm
 from spinlm.errors import UserError
 from spinlm.evaluation.harness import Catalogue
 
@@ -97,12 +97,19 @@ def test_code_that_is_included_by_a_way_through_lm_evals_own_files(place: Path) 
     assert not list(place.rglob("owned"))
 
 
-def test_a_task_files_templates_are_rendered_in_a_sandbox(place: Path) -> None:
+TEMPLATES = {
+    "{{ cycler.__init__.__globals__.os.popen('touch owned').read() }}": "is unsafe",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() if question != 'FIRST' }}": "ask this model that: RecursionError",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_task_files_templates_are_rendered_in_a_sandbox(place: Path, template: str) -> None:
     path = place / "tasks/say.yaml"
-    escape = "{{ cycler.__init__.__globals__.os.popen('touch owned').read() }}"
+    escape = template.replace("FIRST", rows(place / "tasks/say.jsonl")[0]["question"])  # on which it is tried at once
     text = path.read_text().replace('doc_to_text: "{{question}}\\n"', f'doc_to_text: "{escape}"')
     assert escape in text
     path.write_text(text)
     arguments = ("evaluate", "runs/recipe", "--suite", "tasks/say.yaml", "--iterations", "best", "--limit", "2")
-    refused(spinlm(*arguments, cwd=place), "say.yaml", "is unsafe")
+    refused(spinlm(*arguments, cwd=place), "say.yaml", TEMPLATES[template])
     assert not list(place.rglob("owned"))

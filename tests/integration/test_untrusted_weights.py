@@ -244,12 +244,16 @@ class Model(LlamaForCausalLM):
 @pytest.fixture
 def with_code(place: Path, owned: Path) -> Path:
     """Where the model comes with code of its own."""
-    config = read_json(place / "model/config.json")
+    _with_code(place / "model", owned)
+    return place
+
+
+def _with_code(model: Path, owned: Path) -> None:
+    config = read_json(model / "config.json")
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     config |= {"model_type": "our_own", "auto_map": auto_map, "architectures": ["Model"]}
-    (place / "model/config.json").write_text(json.dumps(config))
-    (place / "model/code.py").write_text(CODE.format(owned=str(owned)))
-    return place
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(CODE.format(owned=str(owned)))
 
 
 def test_code_that_comes_with_a_model_is_not_run_unasked(with_code: Path, owned: Path) -> None:
@@ -272,12 +276,27 @@ def test_code_that_comes_with_a_model_is_run_by_the_recipes_key_and_that_is_said
     assert header["recipe"]["model"]["trust_remote_code"] is True
 
 
+def test_code_that_comes_with_somebody_elses_run_is_not_run_unasked(copied: Path, owned: Path) -> None:
+    run = copied / "runs/recipe"
+    shutil.copytree(copied / "model", run / "m")
+    _with_code(run / "m", owned)
+    header = unsealed(read_json(run / "run.json"))
+    header["recipe"]["model"] |= {"name": "runs/recipe/m", "trust_remote_code": True}
+    write_json(run / "run.json", sealed(header))
+    export, evaluate = ("export", "runs/recipe", "out"), ("evaluate", "runs/recipe")
+    for arguments in (export, evaluate):
+        refused(spinlm(*arguments, cwd=copied), "runs/recipe: its recipe has", "--trust-remote-code")
+    assert not owned.exists()
+    refused(spinlm("evaluate", "recipe.yaml", "--trust-remote-code", cwd=copied), "--trust-remote-code goes with a run")
+    said = "model.trust_remote_code: runs code that comes with the model: runs/recipe/m\n"
+    trusting = spinlm_process(*export, "--trust-remote-code", cwd=copied, HF_MODULES_CACHE=str(copied / "modules"))
+    assert succeeded(trusting).err == said
+    assert owned.exists()
+
+
 def test_code_that_comes_with_another_model_is_never_run(copied: Path, owned: Path, tiny_llama: Path) -> None:
     other = shutil.copytree(tiny_llama, copied / "other")
-    config = read_json(other / "config.json")
-    config |= {"model_type": "our_own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
-    (other / "config.json").write_text(json.dumps(config))
-    (other / "code.py").write_text(CODE.format(owned=str(owned)))
+    _with_code(other, owned)
     judge = ("--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m")
     arguments = ("evaluate", "runs/recipe", "--suite", "arena", "--against", "./other", *judge)
     refused(spinlm(*arguments, cwd=copied), "--against", "comes with code of its own")

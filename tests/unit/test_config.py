@@ -300,12 +300,19 @@ class TestFiles:
     def test_a_chat_template_is_read_from_its_file(self, tmp_path: Path) -> None:
         file = tmp_path / "own.jinja"
         file.write_text("{{ messages[0].content }}", encoding="utf-8")
-        assert recipe(prompt={"chat_template": str(file)}).prompt.chat_template == "{{ messages[0].content }}"
+        path = written(tmp_path, f"model: {{name: m}}\ndata: {{source: d}}\nprompt: {{chat_template: {file}}}\n")
+        assert load_recipe(path).prompt.chat_template == "{{ messages[0].content }}"
         file.write_bytes(b"\xff\xfe")
-        (line,) = refusal(prompt={"chat_template": str(file)})
-        assert line.startswith(f"prompt.chat_template: {file}: can't be read: ")
-        (line,) = refusal(prompt={"chat_template": "no-such-file.jinja"})
-        assert line.startswith("prompt.chat_template: no-such-file.jinja: can't be read: ")
+        with pytest.raises(UserError, match=f"{path}: prompt.chat_template: {file}: can't be read: "):
+            load_recipe(path)
+        with pytest.raises(UserError, match=r"prompt.chat_template: no-such-file.jinja: can't be read: "):
+            load_recipe(path, ["prompt.chat_template=no-such-file.jinja"])
+
+    def test_only_of_what_is_loaded(self, tmp_path: Path) -> None:
+        (tmp_path / "own.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+        assert refusal(prompt={"chat_template": str(tmp_path / "own.jinja")}) == [
+            "prompt.chat_template: no Jinja template: it has no { in it"
+        ]
 
 
 class TestOverrides:

@@ -16,6 +16,7 @@ from typing import Any
 
 from spinlm.config import DataSection, ReasoningGymSection
 from spinlm.errors import UserError, first_line, nearest
+from spinlm.paths import expanded, found
 
 REASONING_GYM = "reasoning_gym:"
 
@@ -72,18 +73,23 @@ def read_rows(section: DataSection) -> list[Row]:
     return rows
 
 
+def local(section: DataSection) -> Path | None:
+    """The file or directory that `section.source` names; None where that isn't here."""
+    return found(expanded(section.source))
+
+
 def _rows_of(section: DataSection) -> list[Row]:
-    source = section.source
-    path = Path(os.path.expanduser(source))  # noqa: PTH111 (Path's own fails on ~nobody)
+    source, path = section.source, local(section)
     if source.startswith(REASONING_GYM):
         return _rows_of_task(source.removeprefix(REASONING_GYM), section.reasoning_gym)
-    if path.is_dir():
-        return _rows_of_directory(path)
-    if path.is_file():
-        return _rows_of_file(path)
-    if path.exists():
+    if path is not None:
+        if path.is_dir():
+            return _rows_of_directory(path)
+        if path.is_file():
+            return _rows_of_file(path)
         raise UserError(f"data.source: {source}: neither a file nor a directory")
     if _looks_like_a_path(source):
+        path = expanded(source)
         near = nearest(path.name, [p.name for p in path.parent.glob("*")])
         raise UserError(f"data.source: {source}: no such file or directory{near}")
     return _rows_of_hub(section)
@@ -259,7 +265,7 @@ def commit_of(section: DataSection) -> str | None:
     Raises:
         UserError: It can't be had.
     """
-    if section.source.startswith(REASONING_GYM) or _looks_like_a_path(section.source) or Path(section.source).exists():
+    if section.source.startswith(REASONING_GYM) or _looks_like_a_path(section.source) or local(section):
         return None
     files = _hub_dataset(section.source, section.config, section.split, section.revision).cache_files
     names = {Path(file["filename"]).parent.name for file in files}  # the library's own, by commit

@@ -25,6 +25,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from spinlm.errors import UserError, first_line, nearest
+from spinlm.paths import expanded
 from spinlm.rundir import file_hash, file_hashes
 
 TASK_FILES = (".yaml", ".yml")
@@ -245,9 +246,10 @@ def evaluate_task(
                 apply_chat_template=chat_template,
                 fewshot_as_multiturn=chat_template,
             )
-    except (RuntimeError, OSError, MemoryError):  # the machine's
-        raise
-    except Exception as error:  # the task's: its templates, its filters, its own code
+    except Exception as error:
+        of_the_task = isinstance(error, (RecursionError, NotImplementedError))  # though they are RuntimeErrors
+        if isinstance(error, (RuntimeError, OSError, MemoryError)) and not of_the_task:
+            raise  # the machine's; else the task's: its templates, its filters, its own code
         raise UserError(f"{task}: lm-eval can't ask this model that: {_reason(error)}") from error
     names = list(loaded["groups"]) or list(loaded["tasks"])
     return _result(results, names[0], "truncat" in " ".join(heard).lower())
@@ -402,7 +404,7 @@ def _refuse_code(path: Path) -> None:
     from lm_eval.api.registry import metric_registry
 
     what_to_do = "which isn't done here: export the player, and use lm-eval's own command where that does no harm"
-    left, seen = [path.expanduser()], set[Path]()
+    left, seen = [expanded(path)], set[Path]()
     while left:
         file = left.pop().resolve()
         if file in seen or file.is_relative_to(Path(lm_eval.__file__).parent):

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from spinlm.config import Section, read_yaml, validated
 from spinlm.errors import UserError, nearest
 from spinlm.evaluation.harness import Catalogue, is_task_file
+from spinlm.paths import expanded
 
 
 class SuiteTask(Section):
@@ -109,7 +110,7 @@ def find_suite(name: str, catalogue: Catalogue) -> tuple[str, Suite]:
         UserError: There is no such thing, or it isn't what it should be; with the nearest names.
     """
     if is_task_file(name):
-        path = Path(name).expanduser()
+        path = expanded(name)
         suite = _read_suite(path) if _is_suite(path) else Suite(tasks=[SuiteTask(task=str(path))])
         name = slug(path.stem)
     elif name in suite_names():

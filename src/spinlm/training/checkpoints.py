@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,9 @@ from spinlm.training.passes import PassTrainer
 
 TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
 """What is logged of time: the rest is the same each time a run is repeated."""
+
+_NAME = re.compile(r"checkpoint-[0-9]+(\.json)?")
+"""Of a checkpoint, and of the mark beside it; what has another name is none of ours."""
 
 OnLog = Callable[[int, int, dict[str, float]], None]
 """Called with the step, the number of steps, and what was logged."""
@@ -105,12 +109,13 @@ def last_checkpoint(directory: Path, say: Callable[[str], None] = lambda _: None
         directory: Where a training keeps them.
         say: Told of each newer one that was written to its end, and isn't any more what was written.
     """
-    for mark in sorted(directory.glob("checkpoint-*.json"), key=step_of, reverse=True):
+    marks = [path for path in directory.glob("checkpoint-*.json") if _NAME.fullmatch(path.name)]
+    for mark in sorted(marks, key=step_of, reverse=True):
         checkpoint = mark.with_suffix("")
         try:
             if marked_hashes(mark) == file_hashes(checkpoint) and not _has_pickled_weights(checkpoint):
                 return checkpoint
-        except ValueError:
+        except (ValueError, IsADirectoryError):
             pass
         say(f"{checkpoint}: not what was written, so training goes on from before it")
     return None
@@ -165,7 +170,7 @@ class _CommitCheckpoint(TrainerCallback):
         if state.is_world_process_zero:
             mark(checkpoint)
             for older in Path(args.output_dir).glob("checkpoint-*"):
-                if step_of(older) < state.global_step:
+                if _NAME.fullmatch(older.name) and step_of(older) < state.global_step:
                     shutil.rmtree(older) if older.is_dir() else older.unlink()
         self._trainer.accelerator.wait_for_everyone()
 

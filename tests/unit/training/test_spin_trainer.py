@@ -695,6 +695,16 @@ def test_a_loss_that_is_not_finite_stops_training_and_keeps_the_last_good_checkp
     assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())
 
 
+def test_what_is_no_checkpoint_beside_them_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-abc").mkdir()
+    (tmp_path / "checkpoint-abc.json").touch()
+    (tmp_path / "checkpoint-99.json").mkdir()
+    train_resumably(_trainer(tmp_path, _token_rows(4), max_steps=2, save_strategy="steps", save_steps=1))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    left = ["checkpoint-2", "checkpoint-2.json", "checkpoint-99.json", "checkpoint-abc", "checkpoint-abc.json"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == left
+
+
 def test_a_learning_rate_that_explodes_is_told_with_its_step(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, _token_rows(8), learning_rate=1e30, max_grad_norm=0.0, max_steps=4)
     with pytest.raises(NonFiniteLoss, match=r"stopped at step 2: the loss is nan; no checkpoint was written before"):
