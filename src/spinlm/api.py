@@ -14,7 +14,7 @@ from traceback import clear_frames
 from typing import TYPE_CHECKING
 
 from spinlm import interruption
-from spinlm.config import ModelSection, Recipe, refuse_secrets
+from spinlm.config import Recipe, refuse_secrets
 from spinlm.errors import OutOfMemory, UserError, writing
 from spinlm.paths import found
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
@@ -434,12 +434,13 @@ def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool)
 
     recipe, whole = source.recipe, merge or source.recipe.adapter is None
     # Merged into the base as it is on the hub or the disk, not as it was quantised for training.
-    players = Players(recipe.model.model_copy(update={"load_in_4bit": False}), recipe.adapter)
+    model = recipe.model.model_copy(update={"load_in_4bit": False})
+    players = Players(model, recipe.adapter, commit=source._run_dir.origin().get("model"))
     if whole:
         players.merged(Player(name, weights, "exported")).save_pretrained(out)
     else:
         copy(weights, out)
-        _name_the_base(out / "adapter_config.json", recipe.model)
+        _name_the_base(out / "adapter_config.json", recipe.model.name, players.revision)
     Renderer(players.tokenizer, recipe.prompt, players.stop_ids()).tokenizer.save_pretrained(out)
     (out / "README.md").write_text(_card(RunDir(source.path), name, whole), encoding="utf-8")
 
@@ -452,15 +453,15 @@ def _card(run: RunDir, name: str, merged: bool) -> str:
         return model_card(name, run.header(), merged, summary, warnings, run.origin())
 
 
-def _name_the_base(config: Path, base: ModelSection) -> None:
+def _name_the_base(config: Path, base: str, revision: str | None) -> None:
     """An adapter finds its base by name and revision: a local name has to hold wherever it is loaded from."""
-    here = found(base.name)
-    name = str(here.resolve()) if here else base.name
+    here = found(base)
+    name = str(here.resolve()) if here else base
     try:
         settings = dict(read_json(config))
     except (ValueError, TypeError, OSError):
         raise UserError(f"{config.name}: not an adapter's settings; spinlm run with --repair makes it anew") from None
-    write_json(config, settings | {"base_model_name_or_path": name, "revision": base.revision})
+    write_json(config, settings | {"base_model_name_or_path": name, "revision": revision})
 
 
 def _weights_of(source: Run, player: str) -> tuple[str, Path]:

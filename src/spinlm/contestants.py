@@ -18,6 +18,7 @@ from spinlm.data.render import Renderer, RenderError
 from spinlm.data.sources import commit_of, read_rows
 from spinlm.errors import UserError, nearest
 from spinlm.generation.engine import Response
+from spinlm.paths import found
 from spinlm.players.models import Player, context_length
 from spinlm.rundir import digest
 from spinlm.stages import Stages
@@ -62,7 +63,7 @@ class QuestionSet:
         name, revision = _at_revision(source)
         questions = load_questions(name, revision)
         commit = commit_of(DataSection(source=name, revision=revision))
-        return cls(Path(source).stem if Path(source).exists() else source, questions, commit=commit)
+        return cls(Path(source).stem if found(source) else source, questions, commit=commit)
 
     @classmethod
     def of_run(cls, stages: Stages) -> QuestionSet:
@@ -155,7 +156,7 @@ class OtherModel:
             UserError: There is no such model.
         """
         known_by, revision = _at_revision(name)
-        self.name = Path(name).name if Path(name).exists() else name
+        self.name = Path(name).name if found(name) else name
         self._of_run = stages
         recipe = stages.recipe
         changes = {
@@ -239,7 +240,7 @@ def opposing(stages: Stages, against: str | None) -> Contestant:
     if re.fullmatch(r"base|sft|control|iteration-\d+", against):
         return PlayerOfRun(stages, stages.player(against))
     if Path(against).suffix in (".json", ".jsonl", ".ndjson", ".csv", ".parquet"):
-        if not Path(against).is_file():
+        if not found(against):
             raise UserError(f"--against: {against}: no such file")
         return FileOfAnswers(Path(against))
     try:
@@ -254,7 +255,7 @@ def opposing(stages: Stages, against: str | None) -> Contestant:
 
 def _at_revision(name: str) -> tuple[str, str | None]:
     """What `name@revision` says of something on the hub; whatever is here has no revision."""
-    if Path(name).exists():
+    if found(name):
         return name, None
     on_hub, _, revision = name.partition("@")
     return on_hub, revision or None

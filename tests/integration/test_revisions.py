@@ -112,6 +112,8 @@ def test_a_fork_goes_on_with_the_commit_too_unless_it_names_another(place: Path,
     assert RunDir(place / "runs/fork").origin() == {"model": SECOND}
     succeeded(spinlm(*FORK, "runs/another", "model.revision=main", cwd=place))
     assert RunDir(place / "runs/another").origin() == {"model": FIRST}
+    succeeded(spinlm("export", "runs/fork", "out", cwd=place))
+    assert json.loads((place / "out/adapter_config.json").read_text())["revision"] == SECOND
 
 
 @pytest.mark.usefixtures("hub", "dataset_on_hub")

@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.errors import UserError, first_line
 from spinlm.hardware import release_memory
+from spinlm.paths import found
 from spinlm.players.weights import commit_of, refuse_pickled_adapter, refuse_pickles
 from spinlm.rundir import digest, file_hash, read_json
 
@@ -250,7 +251,7 @@ class Players:
         if self._section.trust_remote_code and not self._has_said and os.environ.get("LOCAL_RANK", "0") == "0":
             self._has_said = True
             name = self._section.name
-            at = "" if Path(name).exists() else f" at {self.revision or 'its newest revision'}"
+            at = "" if found(name) else f" at {self.revision or 'its newest revision'}"
             print(f"model.trust_remote_code: runs code that comes with the model: {name}{at}", file=sys.stderr)
 
     def stop_ids(self) -> list[int]:
@@ -274,7 +275,7 @@ class Players:
     def commit(self) -> str | None:
         """The commit that a model on the hub is read at, whatever its branch becomes; None for one that isn't there."""
         name, file = self._section.name, self._section.gguf_file or "config.json"
-        return None if Path(name).exists() else commit_of(name, self._asked_for, file)
+        return None if found(name) else commit_of(name, self._asked_for, file)
 
     @property
     def revision(self) -> str | None:

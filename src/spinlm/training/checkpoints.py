@@ -39,6 +39,9 @@ TIMING = ("tokens_per_second", "train_runtime", "train_samples_per_second", "tra
 _NAME = re.compile(r"checkpoint-[0-9]+(\.json)?")
 """Of a checkpoint, and of the mark beside it; what has another name is none of ours."""
 
+_NO_CHECKPOINT = (UnpicklingError, AttributeError, EOFError, KeyError, ValueError)
+"""What a checkpoint comes to that no run has written. torch unpickles numbers and tensors only."""
+
 OnLog = Callable[[int, int, dict[str, float]], None]
 """Called with the step, the number of steps, and what was logged."""
 
@@ -91,7 +94,7 @@ def train_resumably(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except NonFiniteLoss as found:
         raise found.keeping(last_checkpoint(directory)) from None
-    except (UnpicklingError, EOFError, KeyError, ValueError) as error:  # torch unpickles numbers and tensors only
+    except _NO_CHECKPOINT as error:
         if checkpoint is None or begun.has_begun:
             raise
         raise UserError(
