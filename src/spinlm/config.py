@@ -51,9 +51,9 @@ class ModelSection(Section):
         gguf_file: The GGUF file inside a hub repository or directory.
         dtype: Of the base weights. `auto`: bfloat16 on a GPU that has it, else float32.
         device: `auto` takes the GPU where there is one.
-        attn_implementation: Passed on to transformers (`sdpa`, `eager`, `flash_attention_2`, …).
+        attn_implementation: Passed on to transformers (`sdpa`, `eager`, `flash_attention_2`, a kernel on the hub, …).
         load_in_4bit: QLoRA: base weights in 4-bit NF4, by bitsandbytes.
-        trust_remote_code: Run code that comes with the model.
+        trust_remote_code: Run code that comes with the model, or a kernel on the hub.
     """
 
     name: str
@@ -64,6 +64,15 @@ class ModelSection(Section):
     attn_implementation: str | None = None
     load_in_4bit: bool = False
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _kernels_are_code(self) -> ModelSection:
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise ValueError(
+                f"attn_implementation: {self.attn_implementation} is code from the hub, which isn't run. Where you "
+                "trust it, set trust_remote_code=true"
+            )
+        return self
 
 
 class AdapterSection(Section):

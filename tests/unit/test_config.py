@@ -124,6 +124,13 @@ class TestRefusals:
                 ["data.held_out: give a number of examples (10) or a share below 1 (0.05)"],
             ),
             (
+                {"model": {"name": "m", "attn_implementation": "somebody/fast@main"}},
+                [
+                    "model: attn_implementation: somebody/fast@main is code from the hub, which isn't run. "
+                    "Where you trust it, set trust_remote_code=true"
+                ],
+            ),
+            (
                 {"data": {"source": "d", "max_prompt_tokens": 64, "max_length": 64}},
                 ["data: max_prompt_tokens must be below max_length, which counts the response too"],
             ),
