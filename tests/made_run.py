@@ -13,7 +13,8 @@ from typing import Any
 
 from spinlm.config import recipe_from
 from spinlm.evaluation.measures import HeldOutExample, SampledAnswer, measure
-from spinlm.rundir import TIMINGS, RunDir, add_to_log, write_json, write_jsonl
+from spinlm.files import add_to_log, write_json, write_jsonl
+from spinlm.rundir import TIMINGS, RunDir
 
 VERSIONS = {"python": "3.12.0", "spinlm": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
 

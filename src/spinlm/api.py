@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from spinlm import interruption
 from spinlm.config import Recipe, refuse_secrets
 from spinlm.errors import OutOfMemory, UserError, writing
+from spinlm.files import copy, flush_directory, flush_to_disk, make_directory, read_json, write_json
 from spinlm.paths import found
 from spinlm.reporting.benchmarks import benchmark_records, benchmark_tables
 from spinlm.reporting.card import model_card
@@ -26,16 +27,7 @@ from spinlm.reporting.report import Report, Sample, verdict
 from spinlm.reporting.summary import beside_the_others, measured_players, summarise
 from spinlm.reporting.training_log import folder_of
 from spinlm.reporting.verdict import closing_words
-from spinlm.rundir import (
-    RunDir,
-    copy,
-    flush_directory,
-    flush_to_disk,
-    make_directory,
-    read_json,
-    reading,
-    write_json,
-)
+from spinlm.rundir import RunDir, reading
 
 if TYPE_CHECKING:
     from pandas import DataFrame

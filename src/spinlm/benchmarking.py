@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from spinlm.errors import UserError
 from spinlm.evaluation.harness import Catalogue, TaskResult, evaluate_task, language_model, lm_eval_version
 from spinlm.evaluation.suites import Suite, SuiteTask
+from spinlm.files import digest, write_json
 from spinlm.hardware import enough_memory
 from spinlm.players.models import Player
 from spinlm.reporting.benchmarks import FOLDER, SUITE_FILE
-from spinlm.rundir import Artifact, CorruptArtifact, RunDir, digest, write_json
+from spinlm.rundir import Artifact, CorruptArtifact, RunDir
 from spinlm.stages import Stages
 
 STAGE = "benchmark"

@@ -324,11 +324,12 @@ def _recipe_of_run(directory: str | None, overrides: list[str] | None, trust_rem
 def _report(path: Path, out: Path | None) -> None:
     from rich.console import Console
 
+    from spinlm.files import write_text
     from spinlm.reporting import html
     from spinlm.reporting.report import Report, verdict
     from spinlm.reporting.summary import summarise
     from spinlm.reporting.verdict import closing_words
-    from spinlm.rundir import RunDir, write_text
+    from spinlm.rundir import RunDir
 
     run_dir = RunDir(path)
     running = run_dir.is_running()

@@ -17,10 +17,10 @@ from spinlm.data.questions import Question, load_questions
 from spinlm.data.render import Renderer, RenderError
 from spinlm.data.sources import commit_of, read_rows
 from spinlm.errors import UserError, nearest
+from spinlm.files import digest
 from spinlm.generation.engine import Response
 from spinlm.paths import found
 from spinlm.players.models import Player, context_length
-from spinlm.rundir import digest
 from spinlm.stages import Stages
 
 MT_BENCH = "HuggingFaceH4/mt_bench_prompts"

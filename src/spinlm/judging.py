@@ -39,7 +39,7 @@ from spinlm.evaluation.winrate import (
     position_bias,
     win_rate,
 )
-from spinlm.rundir import digest, write_json, write_jsonl
+from spinlm.files import digest, write_json, write_jsonl
 from spinlm.stages import Stages
 
 Rows = list[dict[str, Any]]

@@ -15,9 +15,9 @@ from spinlm.evaluation.measures import (
     repetition,
 )
 from spinlm.evaluation.verifiers import correct
+from spinlm.files import digest
 from spinlm.generation.engine import Response
 from spinlm.players.models import Player
-from spinlm.rundir import digest
 
 
 @dataclass(frozen=True)

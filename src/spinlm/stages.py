@@ -22,6 +22,7 @@ from spinlm.evaluation.measures import (
     select_best,
 )
 from spinlm.evaluation.stopping import reason_to_stop
+from spinlm.files import copy, digest, write_json, write_jsonl
 from spinlm.generation.engine import Request, Sampling, request_seed
 from spinlm.players.logprobs import Method
 from spinlm.players.models import Player
@@ -38,16 +39,7 @@ from spinlm.results import (
     mixture_weights,
     regenerated,
 )
-from spinlm.rundir import (
-    STOPPED,
-    Artifact,
-    Inputs,
-    copy,
-    digest,
-    reading,
-    write_json,
-    write_jsonl,
-)
+from spinlm.rundir import STOPPED, Artifact, Inputs, reading
 from spinlm.training.checkpoints import Arguments
 from spinlm.training.losses import Objective
 from spinlm.training.regeneration import RegeneratingTrainer

@@ -27,6 +27,19 @@ from spinlm.data.prepare import Split, TokenizedExample, prepare
 from spinlm.data.render import Renderer
 from spinlm.data.sources import commit_of, files_in, local
 from spinlm.errors import UserError
+from spinlm.files import (
+    add_to_log,
+    canonical,
+    digest,
+    file_hash,
+    file_hashes,
+    make_directory,
+    read_json,
+    sealed,
+    unsealed,
+    write_json,
+    write_jsonl,
+)
 from spinlm.generation.choice import EngineName, choose
 from spinlm.generation.engine import Engine, OnProgress, Request, Response, Sampling, request_seed
 from spinlm.generation.transformers_engine import TransformersEngine
@@ -38,28 +51,7 @@ from spinlm.players.models import Player, Players, check_vocabulary, context_len
 from spinlm.reporting.html import LivePage
 from spinlm.reporting.progress import Progress
 from spinlm.results import Answers, Scores
-from spinlm.rundir import (
-    ORIGIN,
-    TIMINGS,
-    TRACKERS,
-    Artifact,
-    CorruptArtifact,
-    Inputs,
-    RunDir,
-    add_to_log,
-    canonical,
-    digest,
-    file_hash,
-    file_hashes,
-    make_directory,
-    read_json,
-    reading,
-    refuse_way_out,
-    sealed,
-    unsealed,
-    write_json,
-    write_jsonl,
-)
+from spinlm.rundir import ORIGIN, TIMINGS, TRACKERS, Artifact, CorruptArtifact, Inputs, RunDir, reading, refuse_way_out
 from spinlm.training.checkpoints import Arguments, EachCheckpoint, last_checkpoint, step_of, train_resumably
 
 COMMANDS = {"data": "generate", "sft": "generate", "score": "train", "control": "run"}

@@ -16,7 +16,7 @@ import made_run
 from fuzz.cases import accepted_or_refused, cases
 from integration.command import contents, spinlm, succeeded
 from spinlm.errors import UserError
-from spinlm.rundir import digest, file_hashes, read_json, sealed, unsealed, write_json
+from spinlm.files import digest, file_hashes, read_json, sealed, unsealed, write_json
 from spinlm.training.checkpoints import mark
 
 COMMANDS = {

@@ -43,7 +43,7 @@ from spinlm.api import opened
 from spinlm.config import recipe_from
 from spinlm.evaluation import harness
 from spinlm.evaluation.suites import find_suite
-from spinlm.rundir import read_json
+from spinlm.files import read_json
 
 PLAYERS = ["base", "sft", "iteration-0", "iteration-1", "control"]
 EVALUATE = ("evaluate", "runs/recipe", "--suite", "tasks/mine.yaml")

@@ -11,7 +11,8 @@ import pytest
 
 import made_run
 from integration.command import contents, refused, spinlm, succeeded
-from spinlm.rundir import RunDir, digest, file_hashes, read_json, sealed, unsealed, write_json
+from spinlm.files import digest, file_hashes, read_json, sealed, unsealed, write_json
+from spinlm.rundir import RunDir
 
 RUN = ("run", "recipe.yaml", "evaluation.control=true")
 READING = (("status", "run"), ("report", "run"), ("export", "run", "out"), ("evaluate", "run", "--suite", "arena"))

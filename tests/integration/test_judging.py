@@ -31,8 +31,9 @@ from integration.command import (
 from judge_server import HANG, JudgeServer, by_merit, error, pieces
 from spinlm.evaluation.judge import READINGS, TRIES
 from spinlm.evaluation.verdicts import PAIRWISE
+from spinlm.files import digest, read_json
 from spinlm.reporting.judged import judged_tables
-from spinlm.rundir import RunDir, digest, read_json
+from spinlm.rundir import RunDir
 
 KEY = "sk-judge-0123456789abcdef"
 RUN = "runs/recipe"

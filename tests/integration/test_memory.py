@@ -24,7 +24,7 @@ from integration.command import (
     succeeded,
     write_recipe,
 )
-from spinlm.rundir import sealed, write_json
+from spinlm.files import sealed, write_json
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps RLIMIT_AS")
 

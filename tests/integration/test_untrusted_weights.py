@@ -18,7 +18,7 @@ import torch
 import tiny
 from integration import command
 from integration.command import after, killed_at, refused, spinlm, spinlm_process, succeeded
-from spinlm.rundir import digest, file_hashes, read_json, sealed, unsealed, write_json
+from spinlm.files import digest, file_hashes, read_json, sealed, unsealed, write_json
 from spinlm.training.checkpoints import mark
 
 RUN = ("run", "recipe.yaml")

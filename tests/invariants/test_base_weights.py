@@ -11,7 +11,7 @@ from integration.command import RECIPE
 from spinlm import selfplay
 from spinlm.api import opened
 from spinlm.config import recipe_from
-from spinlm.rundir import file_hashes
+from spinlm.files import file_hashes
 
 
 def test_the_models_files_are_untouched(finished: Path, finished_full: Path, tiny_llama: Path) -> None:

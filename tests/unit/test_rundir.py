@@ -16,10 +16,7 @@ import pytest
 
 from spinlm.config import recipe_from
 from spinlm.errors import UserError
-from spinlm.rundir import (
-    Artifact,
-    CorruptArtifact,
-    RunDir,
+from spinlm.files import (
     add_to_log,
     canonical,
     copy,
@@ -31,6 +28,7 @@ from spinlm.rundir import (
     unsealed,
     write_json,
 )
+from spinlm.rundir import Artifact, CorruptArtifact, RunDir
 
 RECIPE = recipe_from({"run_dir": "r", "model": {"name": "m"}, "data": {"source": "d"}}, where="here")
 

@@ -25,8 +25,8 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from spinlm.errors import UserError, first_line, nearest
+from spinlm.files import file_hash, file_hashes
 from spinlm.paths import expanded
-from spinlm.rundir import file_hash, file_hashes
 
 TASK_FILES = (".yaml", ".yml")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from spinlm.errors import SHORTEST_SECRET, UserError, first_line
+from spinlm.files import digest, read_json, sealed, unsealed, write_json
 from spinlm.interruption import Interrupted
-from spinlm.rundir import CorruptArtifact, digest, read_json, sealed, unsealed, write_json
+from spinlm.rundir import CorruptArtifact
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI

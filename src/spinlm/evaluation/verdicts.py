@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from spinlm.data.questions import Question
-from spinlm.rundir import digest
+from spinlm.files import digest
 
 Preferred = Literal["A", "B", "tie"]
 

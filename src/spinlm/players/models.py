@@ -24,10 +24,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.errors import UserError, first_line
+from spinlm.files import digest, file_hash, read_json
 from spinlm.hardware import release_memory
 from spinlm.paths import found
 from spinlm.players.weights import commit_of, refuse_pickled_adapter, refuse_pickles
-from spinlm.rundir import digest, file_hash, read_json
 
 transformers.utils.logging.disable_progress_bar()
 

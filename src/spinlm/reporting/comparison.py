@@ -11,6 +11,7 @@ from pathlib import Path
 from spinlm.config import Recipe
 from spinlm.errors import UserError
 from spinlm.evaluation.measures import HIGHER_IS_BETTER, HeldOutExample, difference, select_best, unpaired_difference
+from spinlm.files import write_text
 from spinlm.reporting.charts import OVERLAID, STYLES, differences_chart, overlaid_curves, overlaid_training
 from spinlm.reporting.escape import plain
 from spinlm.reporting.html import Figure, render
@@ -18,7 +19,7 @@ from spinlm.reporting.report import COLUMNS, with_interval
 from spinlm.reporting.summary import Outcome, Summary, Values, is_iteration, read_examples, summarise
 from spinlm.reporting.tables import Table, beside_table, measures_table, outcome_words
 from spinlm.reporting.training_log import Row, committed_log, trained_players
-from spinlm.rundir import RunDir, write_text
+from spinlm.rundir import RunDir
 
 FILE = "comparison.html"
 

@@ -24,6 +24,7 @@ from markupsafe import Markup
 from spinlm.config import Recipe
 from spinlm.errors import first_line
 from spinlm.evaluation.measures import HeldOutExample
+from spinlm.files import digest
 from spinlm.reporting.browser import browser
 from spinlm.reporting.charts import Chart, curves, differences_chart, distributions, supervised_curves, training_curves
 from spinlm.reporting.diagnostics import diagnostics, stopped
@@ -42,7 +43,7 @@ from spinlm.reporting.tables import (
 )
 from spinlm.reporting.training_log import log_so_far, trained_players
 from spinlm.reporting.verdict import State, verdict_of
-from spinlm.rundir import RunDir, digest
+from spinlm.rundir import RunDir
 
 FILE = "report.html"
 REFRESH_SECONDS = 15

@@ -10,9 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from spinlm.files import digest
 from spinlm.reporting.report import with_interval
 from spinlm.reporting.training_log import weights_hash
-from spinlm.rundir import RunDir, digest
+from spinlm.rundir import RunDir
 
 Result = Mapping[str, Any]
 """A committed `result.json`."""

@@ -8,7 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from spinlm.config import Recipe
-from spinlm.rundir import STOPPED, TIMINGS, RunDir, read_log
+from spinlm.files import read_log
+from spinlm.rundir import STOPPED, TIMINGS, RunDir
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from hashlib import sha256
 from typing import Any
 
 from spinlm.config import Recipe
+from spinlm.files import read_json, unsealed
 from spinlm.reporting.summary import is_iteration
-from spinlm.rundir import RunDir, read_json, unsealed
+from spinlm.rundir import RunDir
 
 _STATE = "trainer_state.json"
 

@@ -21,15 +21,7 @@ from transformers import (
 
 from spinlm import interruption
 from spinlm.errors import UserError, first_line
-from spinlm.rundir import (
-    file_hashes,
-    flush_directory,
-    flush_to_disk,
-    read_json,
-    sealed,
-    unsealed,
-    write_json,
-)
+from spinlm.files import file_hashes, flush_directory, flush_to_disk, read_json, sealed, unsealed, write_json
 from spinlm.training.nonfinite import NonFiniteLoss
 from spinlm.training.passes import PassTrainer
 

@@ -9,8 +9,9 @@ import pytest
 from integration import command
 from spinlm.config import Recipe, recipe_from
 from spinlm.errors import UserError
+from spinlm.files import sealed, write_json
 from spinlm.generation.choice import choose
-from spinlm.rundir import RunDir, sealed, write_json
+from spinlm.rundir import RunDir
 
 without_vllm = pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 

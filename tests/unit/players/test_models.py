@@ -17,8 +17,8 @@ from torch import Tensor
 import tiny
 from spinlm.config import AdapterSection, ModelSection
 from spinlm.errors import UserError
+from spinlm.files import file_hashes
 from spinlm.players.models import Player, Players, check_vocabulary, context_length
-from spinlm.rundir import file_hashes
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 44, 32, 119]])
 ADAPTER = AdapterSection(r=2, lora_alpha=4)

@@ -15,10 +15,11 @@ from spinlm.benchmarking import _describe, folder_of
 from spinlm.errors import UserError
 from spinlm.evaluation.harness import Catalogue
 from spinlm.evaluation.suites import Suite, find_suite
+from spinlm.files import write_json
 from spinlm.reporting.benchmarks import BenchmarkTable, benchmark_records, benchmark_tables
 from spinlm.reporting.metrics import metrics
 from spinlm.reporting.sections import sections
-from spinlm.rundir import RunDir, write_json
+from spinlm.rundir import RunDir
 
 SUITE: dict[str, Any] = {
     "description": "two tasks",

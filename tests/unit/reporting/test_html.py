@@ -134,7 +134,7 @@ class TestWhatItSays:
         assert re.findall(r"<td>(.*?)</td>", row[0]) == ["done", "1:30 min", "–", "–"]
 
     def test_shards_are_one_row_under_the_hash_that_their_users_know(self, tmp_path: Path) -> None:
-        from spinlm.rundir import digest
+        from spinlm.files import digest
 
         made = MadeRun(tmp_path / "run").data(EXAMPLES).generated(0)
         made.commit("iterations/0/synthetic/00001.jsonl", "generate", [{"id": "t1"}])

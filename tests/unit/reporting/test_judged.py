@@ -13,10 +13,11 @@ import tiny
 from integration import command
 from spinlm.config import load_recipe
 from spinlm.errors import UserError
+from spinlm.files import write_json
 from spinlm.reporting.judged import JudgedTable, judged_tables
 from spinlm.reporting.metrics import metrics
 from spinlm.reporting.sections import sections
-from spinlm.rundir import RunDir, write_json
+from spinlm.rundir import RunDir
 
 
 @pytest.fixture

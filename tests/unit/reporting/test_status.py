@@ -7,8 +7,9 @@ import pytest
 
 from spinlm.config import recipe_from
 from spinlm.errors import UserError
+from spinlm.files import add_to_log, sealed, write_json, write_jsonl
 from spinlm.reporting.status import besides, status
-from spinlm.rundir import TIMINGS, RunDir, add_to_log, sealed, write_json, write_jsonl
+from spinlm.rundir import TIMINGS, RunDir
 
 
 def started(path: Path, **sections: Any) -> RunDir:
