@@ -4,9 +4,11 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -18,6 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import tiny
 from integration import command
+
+PlayedOnce = Callable[[str, Callable[[Path], object]], Path]
 
 # What was started in the background has Ctrl-C ignored, and so would have the commands that are tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -54,20 +58,39 @@ def place(tmp_path: Path, tiny_llama: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """Where the recipe with SFT, two iterations and the control has run to its end; only to be read."""
-    directory = command.new_place(tmp_path_factory.mktemp("finished"), tiny_llama)
-    command.succeeded(command.spinlm_process("run", "recipe.yaml", "evaluation.control=true", cwd=directory))
-    return directory
+def played_once(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> PlayedOnce:
+    """Gives a place by its name, in which whichever of the tests' processes asks for it first has played."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def play_once(name: str, play: Callable[[Path], object]) -> Path:
+        place, done = shared / name, shared / f"{name}.done"
+        with FileLock(f"{place}.lock"):
+            if not done.exists():
+                shutil.rmtree(place, ignore_errors=True)  # where another one has failed
+                play(command.new_place(place, tiny_llama))
+                done.touch()
+        return place
+
+    return play_once
 
 
 @pytest.fixture(scope="session")
-def finished_full(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+def finished(played_once: PlayedOnce) -> Path:
+    """Where the recipe with SFT, two iterations and the control has run to its end; only to be read."""
+    arguments = ("run", "recipe.yaml", "evaluation.control=true")
+    return played_once("finished", lambda place: command.succeeded(command.spinlm_process(*arguments, cwd=place)))
+
+
+@pytest.fixture(scope="session")
+def finished_full(played_once: PlayedOnce) -> Path:
     """The same in full fine-tuning, without the control; only to be read."""
-    directory = command.new_place(tmp_path_factory.mktemp("finished-full"), tiny_llama)
-    command.write_recipe(directory / "recipe.yaml", {"adapter": None})
-    command.succeeded(command.spinlm("run", "recipe.yaml", cwd=directory))
-    return directory
+
+    def play(place: Path) -> None:
+        command.write_recipe(place / "recipe.yaml", {"adapter": None})
+        command.succeeded(command.spinlm("run", "recipe.yaml", cwd=place))
+
+    return played_once("finished-full", play)
 
 
 @pytest.fixture
@@ -88,18 +111,19 @@ def half_finished(copied: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def resumed(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+def resumed(played_once: PlayedOnce) -> Path:
     """The run of `finished`, killed in every stage on its way; only to be read."""
-    directory = command.new_place(tmp_path_factory.mktemp("resumed"), tiny_llama)
     arguments = ("run", "recipe.yaml", "evaluation.control=true")
-    command.killed_at(*command.KILLED_IN_EVERY_STAGE, None, arguments=arguments, cwd=directory)
-    return directory
+    plan = (*command.KILLED_IN_EVERY_STAGE, None)
+    return played_once("resumed", lambda place: command.killed_at(*plan, arguments=arguments, cwd=place))
 
 
 @pytest.fixture(scope="session")
-def without_sft(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+def without_sft(played_once: PlayedOnce) -> Path:
     """Where self-play has started from the base model itself; only to be read."""
-    directory = command.new_place(tmp_path_factory.mktemp("without-sft"), tiny_llama)
-    command.write_recipe(directory / "recipe.yaml", {"sft": None, "iterations": 1})
-    command.succeeded(command.spinlm("run", "recipe.yaml", cwd=directory))
-    return directory
+
+    def play(place: Path) -> None:
+        command.write_recipe(place / "recipe.yaml", {"sft": None, "iterations": 1})
+        command.succeeded(command.spinlm("run", "recipe.yaml", cwd=place))
+
+    return played_once("without-sft", play)

@@ -84,7 +84,11 @@ def test_at_every_write(starts: Starts, place: Path, finished: Path) -> None:
         pytest.param(
             ("report", "runs/recipe", "--out", "page.html"), [("write", ".page.html")], marks=pytest.mark.slow
         ),
-        (("report", "runs/recipe"), [("write", "runs/recipe/.metrics*"), ("write", "runs/recipe/.report.html*")]),
+        pytest.param(
+            ("report", "runs/recipe"),
+            [("write", "runs/recipe/.metrics*"), ("write", "runs/recipe/.report.html*")],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ("report", "runs/recipe", "runs/recipe2", "--out", "both.html"),
             [("write", ".both.html")],

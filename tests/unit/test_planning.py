@@ -285,6 +285,7 @@ def test_twice_the_pairs_are_twice_the_work_and_time(small: Path, tmp_path: Path
     assert _stage(twice, "iteration 0: generate").seconds > _stage(once, "iteration 0: generate").seconds
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(small: Path, tmp_path: Path) -> None:
     recipe = _recipe(small, _dataset(tmp_path / "data.jsonl", rows=16))
     one, four = plan(recipe, gpu="L4"), plan(recipe, gpu="L4", processes=4)
