@@ -179,7 +179,10 @@ class Workshop:
 
     def _say_data(self, split: Split) -> None:
         dropped = "".join(f"; dropped {count}: {reason}" for reason, count in split.drop_counts().items())
-        self.progress.say(f"data: {len(split.train)} examples to train on, {len(split.held_out)} held out{dropped}")
+        measured = "" if split.held_out else ", so nothing will be measured (data.held_out)"
+        self.progress.say(
+            f"data: {len(split.train)} examples to train on, {len(split.held_out)} held out{measured}{dropped}"
+        )
 
     def _committed_rows(self, kind: type[Read], key: str, name: str = "") -> list[Read]:
         """The rows of a committed file as what they were written from; see `RunDir.committed_rows`.
@@ -709,20 +712,15 @@ def check_context(recipe: Recipe, context: int | None) -> None:
     """Refuse lengths that the model can't take.
 
     Raises:
-        UserError: With both numbers.
+        UserError: With all numbers, and some that would do.
     """
     data, new = recipe.data, recipe.generation.max_new_tokens
-    if context is None:
-        return
-    if data.max_length > context:
+    if context is not None and max(data.max_length, data.max_prompt_tokens + new) > context:
         raise UserError(
-            f"data.max_length: {data.max_length} tokens of prompt and response, but {recipe.model.name} takes "
-            f"{context}: lower data.max_length"
-        )
-    if data.max_prompt_tokens + new > context:
-        raise UserError(
-            f"data.max_prompt_tokens + generation.max_new_tokens: {data.max_prompt_tokens} + {new} tokens, but "
-            f"{recipe.model.name} takes {context}: lower one of them"
+            f"data.max_length: {data.max_length}, and data.max_prompt_tokens + generation.max_new_tokens: "
+            f"{data.max_prompt_tokens} + {new}, but {recipe.model.name} takes {context} tokens, prompt and response "
+            f"together. These would do: data.max_length={context} data.max_prompt_tokens={context // 2} "
+            f"generation.max_new_tokens={context - context // 2}"
         )
 
 

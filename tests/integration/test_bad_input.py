@@ -55,7 +55,10 @@ def test_a_recipe_that_is_none(place: Path, arguments: tuple[str, ...], words: t
         (("data.columns.prompt=promt",), ("data.columns.prompt", "did you mean prompt?")),
         (("data.max_prompt_tokens=2",), ("data.jsonl: no example is left: prompt over data.max_prompt_tokens (15)",)),
         (("data.held_out=15",), ("data.held_out=15 leaves none of the 15 examples",)),
-        (("data.max_length=500",), ("data.max_length: 500", "./model takes 128")),
+        (
+            ("data.max_length=500",),
+            ("data.max_length: 500", "./model takes 128", "data.max_length=128 data.max_prompt_tokens=64 generation."),
+        ),
         (("generation.max_new_tokens=90",), ("generation.max_new_tokens: 60 + 90 tokens", "./model takes 128")),
         (("evaluation.select_by=accuracy_sampled",), ("evaluation.select_by", "no verifier")),
         (("model.name=./nothing",), ("model.name: ./nothing: no such directory",)),

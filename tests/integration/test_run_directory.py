@@ -135,7 +135,8 @@ def test_a_fork_is_what_a_new_run_would_be(copied: Path) -> None:
 def test_a_fork_with_another_seed_takes_over_nothing_random(place: Path) -> None:
     """Not even where the data are the same whatever the seed, since nothing is held out."""
     arguments = ("run", "recipe.yaml", "data.held_out=0", "iterations=1")
-    succeeded(spinlm(*arguments, cwd=place))
+    said = succeeded(spinlm(*arguments, cwd=place)).out
+    assert "0 held out, so nothing will be measured (data.held_out)" in said
     succeeded(spinlm(*arguments, "seed=1", "--fork", "runs/new", cwd=place))
     old, new = place / "runs/recipe", place / "runs/new"
     assert "data" in _same(old, new, lambda record: record["hash"])

@@ -78,23 +78,17 @@ class Report:
 
     def markdown(self) -> str:
         """`report.md`."""
-        shown = self._shown()
-        lines = [
-            f"# {self.summary.title}",
-            "",
-            verdict(self.summary),
-            "",
-            "## Held-out measures, with 95 % intervals",
-            "",
-        ]
-        lines += [
-            markdown_row(["player", *(COLUMNS[name] for name in shown)]),
-            markdown_row(["---"] * (len(shown) + 1)),
-        ]
-        lines += [
-            markdown_row([player, *(_cell(of_player.get(name)) for name in shown)])
-            for player, of_player in self.summary.measures.items()
-        ]
+        lines = [f"# {self.summary.title}", "", verdict(self.summary)]
+        if shown := self._shown():
+            lines += ["", "## Held-out measures, with 95 % intervals", ""]
+            lines += [
+                markdown_row(["player", *(COLUMNS[name] for name in shown)]),
+                markdown_row(["---"] * (len(shown) + 1)),
+            ]
+            lines += [
+                markdown_row([player, *(_cell(of_player.get(name)) for name in shown)])
+                for player, of_player in self.summary.measures.items()
+            ]
         if self.summary.skipped:
             lines += ["", "## Skipped steps", "", "Their loss or gradient was NaN or infinite:", ""]
             lines += [f"- {player}: {count}" for player, count in self.summary.skipped.items()]

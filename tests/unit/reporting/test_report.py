@@ -91,6 +91,7 @@ class TestMarkdown:
     def test_nothing_held_out(self) -> None:
         page = report(measures={}, best=None, held_out=0).markdown()
         assert "Nothing was held out, so nothing was measured: the latest iteration is also called the best." in page
+        assert "|" not in page
 
 
 class TestVerdict:
