@@ -59,7 +59,7 @@ def test_a_recipe_that_is_none(place: Path, arguments: tuple[str, ...], words: t
             ("data.max_length=500",),
             ("data.max_length: 500", "./model takes 128", "data.max_length=128 data.max_prompt_tokens=64 generation."),
         ),
-        (("generation.max_new_tokens=90",), ("generation.max_new_tokens: 60 + 90 tokens", "./model takes 128")),
+        (("generation.max_new_tokens=90",), ("generation.max_new_tokens: 60 + 90, but ./model takes 128",)),
         (("evaluation.select_by=accuracy_sampled",), ("evaluation.select_by", "no verifier")),
         (("model.name=./nothing",), ("model.name: ./nothing: no such directory",)),
         (("model.name=nothing.gguf",), ("model.name: nothing.gguf: no such file",)),
