@@ -434,7 +434,7 @@ def _write_export(source: Run, name: str, weights: Path, out: Path, merge: bool)
         copy(weights, out)
         _name_the_base(out / "adapter_config.json", recipe.model.name, players.revision)
     Renderer(players.tokenizer, recipe.prompt, players.stop_ids()).tokenizer.save_pretrained(out)
-    (out / "README.md").write_text(_card(RunDir(source.path), name, whole), encoding="utf-8")
+    (out / "README.md").write_text(_card(source._run_dir, name, whole), encoding="utf-8")
 
 
 def _card(run: RunDir, name: str, merged: bool) -> str:

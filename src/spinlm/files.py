@@ -38,6 +38,14 @@ def copy(source: Path, place: Path) -> None:
         copy(path, place / path.name)
 
 
+def remove(place: Path) -> None:
+    """A file, a link or a directory with all that is in it, where there is one."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
 def file_hashes(place: Path) -> dict[str, str]:
     """SHA-256 of each file of a directory by relative name, or of a single file under the name ``""``."""
     if place.is_file():

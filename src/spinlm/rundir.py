@@ -42,6 +42,7 @@ from spinlm.files import (
     make_directory,
     parsed,
     read_json,
+    remove,
     sealed,
     unsealed,
     write_json,
@@ -500,11 +501,7 @@ class RunDir:
         if self.has_record(key):
             self.record_path(key).unlink()
             flush_directory(self.record_path(key).parent)
-        place = self.path / key
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
+        remove(self.path / key)
 
     def repair(self, *beginnings: str) -> list[str]:
         """Forget every artifact (or those whose keys begin so) that isn't what was committed: it is made anew."""

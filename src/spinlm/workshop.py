@@ -35,6 +35,7 @@ from spinlm.files import (
     file_hashes,
     make_directory,
     read_json,
+    remove,
     sealed,
     unsealed,
     write_json,
@@ -197,7 +198,8 @@ class Workshop:
         try:
             return reader.validate_python(rows)
         except ValidationError as error:
-            (row, *keys), what = error.errors()[0]["loc"], error.errors()[0]["msg"]
+            first = error.errors()[0]
+        (row, *keys), what = first["loc"], first["msg"]
         where = f"{self.run.path / key}[{row}]{': ' if keys else ''}{'.'.join(map(str, keys))}"
         raise UserError(f"{where}: holds something that no run writes: {what}")
 
@@ -294,7 +296,7 @@ class Workshop:
                 f"{note}: not what was written; spinlm run with --repair removes it, and generation.batch_size holds "
                 "again"
             )
-        shutil.rmtree(note) if note.is_dir() else note.unlink()
+        remove(note)
         self.progress.say(f"{note}: not what was written, so generation.batch_size holds again")
         return self.recipe.generation.batch_size
 

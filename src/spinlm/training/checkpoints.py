@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,7 +20,7 @@ from transformers import (
 
 from spinlm import interruption
 from spinlm.errors import UserError, first_line
-from spinlm.files import file_hashes, flush_directory, flush_to_disk, read_json, sealed, unsealed, write_json
+from spinlm.files import file_hashes, flush_directory, flush_to_disk, read_json, remove, sealed, unsealed, write_json
 from spinlm.training.nonfinite import NonFiniteLoss
 from spinlm.training.passes import PassTrainer
 
@@ -166,7 +165,7 @@ class _CommitCheckpoint(TrainerCallback):
             mark(checkpoint)
             for older in Path(args.output_dir).glob("checkpoint-*"):
                 if _NAME.fullmatch(older.name) and step_of(older) < state.global_step:
-                    shutil.rmtree(older) if older.is_dir() else older.unlink()
+                    remove(older)
         self._trainer.accelerator.wait_for_everyone()
 
     def _unlogged(self, checkpoint: Path) -> Path:
